@@ -139,17 +139,12 @@ def key_in(key_file: bytes, words: str) -> list[Any]:
 
 def encrypt(source: Path, target: Path, public_keys: list[Any]) -> None:
     """Encrypt a file into another, as a stream."""
-    pyrage = _pyrage()
     with source.open("rb") as plain, atomic_writer(target) as stream:
-        pyrage.encrypt_io(plain, stream, public_keys)
+        _pyrage().encrypt_io(plain, stream, public_keys)
 
 
 def decrypt(chunks: Iterable[bytes], write: Callable[[bytes], object], private_keys: list[Any], name: str) -> None:
-    """Decrypt a file that arrives in pieces. `write` gets each piece after its checksum was verified.
-
-    Raises AccessRefused if no key fits, BackupDamaged for a file that was changed or cut off, and what `chunks` or
-    `write` raise. `name` is for messages.
-    """
+    """Decrypt pieces; `write` gets each once it is verified. Raises AccessRefused if no key fits, BackupDamaged."""
     pyrage = _pyrage()
     streams = _Streams(_with_header(chunks, name), write)
     try:

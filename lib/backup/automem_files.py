@@ -187,8 +187,7 @@ class Text:
         """Refuse a file that another program has formatted, with the command that formats it again."""
         path, kind = quote(str(self._source.path)), self._source.kind
         command = f"gunzip -cf {path} | python -m json.tool --indent 2 - {kind}.json"
-        step = f"if another program has formatted it:  {command}"
-        self.refuse("its lines are not those that AutoMem writes", step)
+        self.refuse("its lines are not those that AutoMem writes", f"if another program has formatted it:  {command}")
 
     def _read(self) -> bytes:
         try:

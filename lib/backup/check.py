@@ -96,15 +96,17 @@ def verify_named(
         try:
             held, signs = describe(source)
             require_uncut(source, signs)
-            note = f"AutoMem's own backup, not loaded: {held}"
-            found.append(FileVerification(source.display, CHECKED, note))
+            found.append(FileVerification(source.display, CHECKED, f"AutoMem's own backup, not loaded: {held}"))
         except BackupDamaged as error:
             found.append(FileVerification(source.display, "damaged", fault=str(error)))
     return found
 
 
-def _of_stamp(folder: Path, word: str) -> str:
-    """Return the path of the set that a stamp names (`20261126_220840`); any other word as it is."""
+def _place(word: str, folder: Path) -> str:
+    """The URL of an encrypted copy here (with or without its suffix), or the path of a stamp's set; else the word."""
+    plain = word.removesuffix(SUFFIX)
+    if not is_url(word) and os.access(plain + SUFFIX, os.R_OK) and not os.access(plain, os.F_OK):
+        return Path(plain).absolute().as_uri()
     if not re.fullmatch("[0-9_]+", word) or Path(word).exists():
         return word
     path = folder / f"backup_{word}.json"
@@ -180,10 +182,7 @@ def _named(url: str) -> tuple[str, str, str]:
 
 
 def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "", write: bool = True) -> str:
-    """Raise if sets of `folder` could not be uploaded to the URL and fetched back; returns the URL without secrets.
-
-    `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
-    """
+    """Raise if sets of `folder` cannot be uploaded to the URL; returns that as shown. `write`: test by a small file."""
     copies.require_elsewhere(url, folder)
     if _named(url)[1]:
         last = url.rstrip("/").rpartition("/")[2]
@@ -203,13 +202,6 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
     return store.shown
 
 
-def _url_of_encrypted(word: str) -> str:
-    """Return the URL of an encrypted copy in a local folder, with or without the suffix; any other word as it is."""
-    plain = word.removesuffix(SUFFIX)
-    is_copy = not is_url(word) and os.access(plain + SUFFIX, os.R_OK) and not os.access(plain, os.F_OK)
-    return Path(plain).absolute().as_uri() if is_copy else word
-
-
 def fetched(
     word: str, folder: Path, owner: Deployment, engines: Callable[[], list[Engine]], bar: ProgressBar, keys: CopyKeys
 ) -> str:
@@ -218,9 +210,9 @@ def fetched(
     The URL is that of a manifest, of a file of a set, or of a folder followed by `/latest`. The set is verified before
     it is moved into `folder`. Raises like `fetch`, and BadFile for another URL.
     """
-    word = _url_of_encrypted(word)
+    word = _place(word, folder)
     if not is_url(word):
-        return _of_stamp(folder, word)
+        return word
     place, named, file = _named(word)
     store = open_offsite(place, keys)
     if not named:
@@ -306,7 +298,7 @@ def verify_and_upload(
     folder: Path, owner: Deployment, word: str, url: str | None, engines: list[Engine], bar: ProgressBar, keys: CopyKeys
 ) -> tuple[list[FileVerification], list[copies.Uploaded] | None]:
     """Verify the sets that `--check` names, here or elsewhere; upload those without a fault to `url`, oldest first."""
-    word = _url_of_encrypted(word)
+    word = _place(word, folder)
     if is_url(word):
         if url:
             raise UsageProblem(
@@ -314,7 +306,6 @@ def verify_and_upload(
                 next_step="python scripts/backup_automem.py --check all --upload URL",
             )
         return _verify_copies(word, folder, engines, bar, keys), None
-    word = _of_stamp(folder, word)
     if not url:
         return verify_named(folder, word, engines, owner), None
     require_upload_url(url, folder, keys)

@@ -14,28 +14,10 @@ from typing import IO, Any
 
 import orjson
 
-from lib.backup.archive import (
-    FACTS,
-    IDS,
-    SNAPSHOT,
-    ArchiveFacts,
-    SnapshotMember,
-    archive_writer,
-    combined,
-    peek_facts,
-    read_archive,
-)
-from lib.backup.manifest import (
-    CHECKED,
-    COLLECTION_DIR,
-    RESTORED,
-    UNVERIFIED,
-    BackupFile,
-    CollectionComponent,
-    check_file,
-    checking_file,
-    require_equal,
-)
+from lib.backup import archive as archives
+from lib.backup import manifest as manifests
+from lib.backup.archive import ArchiveFacts, SnapshotMember, archive_writer, peek_facts, read_archive
+from lib.backup.manifest import BackupFile, CollectionComponent, check_file, checking_file, require_equal
 from lib.backup.phases import journalled_stamp, own_snapshot
 from lib.backup.points import TemporaryIdTable, as_id
 from lib.child_process import scratch_folder
@@ -75,10 +57,7 @@ def verify_collection(
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
     counting: bool = True,
 ) -> CollectionVerification:
-    """Verify an archive, which is read once, and fill `ids` with the expected ids. Raises BackupDamaged.
-
-    `passing` replaces each snapshot's stream. `counting`: Qdrant's engine counts the points.
-    """
+    """Verify an archive; fill `ids`. `passing` replaces streams, `counting`: by the engine. Raises BackupDamaged."""
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
     with scratch_folder("segments-") as scratch, TemporaryIdTable() as own_ids:
@@ -109,8 +88,10 @@ def verify_collection(
         counted, why_not = copies.counted(lambda: _count_points(path, archive, copies, expected))
     if counted is None:
         note = f"checksum, both tar levels, configuration and ids; {why_not}"
-        return CollectionVerification(CHECKED, note, archive, seen[0])
-    return CollectionVerification(RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0])
+        return CollectionVerification(manifests.CHECKED, note, archive, seen[0])
+    return CollectionVerification(
+        manifests.RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0]
+    )
 
 
 class SegmentCopies:
@@ -254,11 +235,7 @@ def stamp_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def known_model(
     size: int, config: Mapping[str, Any], spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Return `model` and `model_known` of the vectors, and `provider` unless it is OpenAI.
-
-    `size` and `config` are the collection's. `model_known` is `stamped` (also if only the journal has the stamp),
-    `configured` or `guessed`.
-    """
+    """Return `model`, `model_known` (stamped, also by the journal; configured; guessed), `provider` unless OpenAI."""
     if stamp := stamp_of(config) or journalled or {}:
         model, known, provider = str(stamp["model"]), "stamped", provider_of(stamp)
     elif size == spec.size:
@@ -295,7 +272,7 @@ def take_collection(
     """
     nodes = require_whole(source)
     state = get_state(source.qdrant, source.collection)
-    path = private_dir(journal.folder / COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
+    path = private_dir(journal.folder / manifests.COLLECTION_DIR) / f"qdrant_snapshot_{stamp}.tar.gz"
     journalled = journalled_stamp(journal.folder, journal.targets[-1], state.size)
     facts: dict[str, Any] = {
         "collection": source.collection,
@@ -309,10 +286,10 @@ def take_collection(
     before_ids()
     size, sha256 = _write_archive(source, nodes, path, facts, journal, progress)
     component = CollectionComponent(
-        file=BackupFile(f"{COLLECTION_DIR}/{path.name}", size, sha256),
+        file=BackupFile(f"{manifests.COLLECTION_DIR}/{path.name}", size, sha256),
         size=state.size,
         distance=state.distance,
-        proof=UNVERIFIED,
+        proof=manifests.UNVERIFIED,
         proof_note="--no-verify",
         **{name: value for name, value in facts.items() if name != "config"},
     )
@@ -350,14 +327,14 @@ def _write_archive(
         facts |= _snapshot_facts(made)
         with archive_writer(path) as archive:
             document = orjson.dumps(facts, option=orjson.OPT_INDENT_2)
-            archive.add(FACTS, io.BytesIO(document), len(document))
+            archive.add(archives.FACTS, io.BytesIO(document), len(document))
             for node, one in made:
-                archive.begin(SNAPSHOT + one.name, one.size)
+                archive.begin(archives.SNAPSHOT + one.name, one.size)
                 snapshots.download(node.qdrant, source.collection, one, archive.write, progress)
                 archive.end()
             size = ids.tell()
             ids.seek(0)
-            archive.add(IDS, ids, size)
+            archive.add(archives.IDS, ids, size)
             return archive.finish()
 
 
@@ -378,6 +355,6 @@ def _snapshot_facts(made: list[tuple[Node, snapshots.Snapshot]]) -> dict[str, An
         }
         for node, one in made
     ]
-    whole = combined([SnapshotMember(one.name, one.size, str(one.checksum)) for _, one in made])
+    whole = archives.combined([SnapshotMember(one.name, one.size, str(one.checksum)) for _, one in made])
     facts = {"snapshot_name": whole.name, "snapshot_size": whole.size, "snapshot_sha256": whole.sha256}
     return {**facts, "nodes": each if len(each) > 1 else []}

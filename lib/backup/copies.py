@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
 from lib.backup.automem_files import listed_files
@@ -183,7 +182,16 @@ def _encrypted(
     public_keys = recipients(keys) if keys.recipients else []
     if not public_keys:
         key_file = KEY_FILE.format(stamp=manifest.stamp)
-        public_keys, names = [_set_key(folder / f"{key_file}{SUFFIX}", keys)], [key_file, *names]
+        path, words, names = folder / f"{key_file}{SUFFIX}", passphrase(keys), [key_file, *names]
+        if path.exists():
+            with contextlib.suppress(AccessRefused):
+                public_keys = [key_in(path.read_bytes(), words)[0].to_public()]
+            if not public_keys:
+                shutil.rmtree(folder)  # the passphrase was changed since
+        if not public_keys:
+            public_key, data = new_key(words)
+            public_keys = [public_key]
+            write_atomic(private_dir(folder) / path.name, data)
     for file in files:
         target = private_dir((folder / file.name).parent) / f"{Path(file.name).name}{SUFFIX}"
         if not target.exists():
@@ -191,19 +199,6 @@ def _encrypted(
                 encrypt(manifest.path.parent / file.name, target, public_keys)
                 progress(file.size)
     return [_file_here(folder / f"{name}{SUFFIX}", f"{name}{SUFFIX}") for name in names]
-
-
-def _set_key(path: Path, keys: CopyKeys) -> Any:
-    """The public key that a set is encrypted for: that of an earlier upload, else a new one. `path` is its key file."""
-    words = passphrase(keys)
-    if path.exists():
-        with contextlib.suppress(AccessRefused):
-            return key_in(path.read_bytes(), words)[0].to_public()
-        shutil.rmtree(path.parent)  # the passphrase was changed since
-    public_key, key_file = new_key(words)
-    private_dir(path.parent)
-    write_atomic(path, key_file)
-    return public_key
 
 
 def upload_command(path: Path, url: str) -> str:
@@ -344,10 +339,7 @@ class Catalog:
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
-    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`.
-
-    A manifest that is encrypted for another key counts as unreadable. Raises AccessRefused if all of them are.
-    """
+    """The sets at a URL, or in `folder`. Raises like `open_offsite` and `manifests`, AccessRefused if no key fits."""
     if not url:
         sets, damaged = read_sets(folder)
         automem = tuple(one.path for one in listed_files(folder))

@@ -12,29 +12,11 @@ from typing import Any
 
 import redis
 
-from lib.backup.manifest import (
-    CHECKED,
-    GRAPH_DIR,
-    RESTORED,
-    UNVERIFIED,
-    BackupFile,
-    GraphComponent,
-    check_file,
-    checking_file,
-    require_equal,
-)
+from lib.backup import manifest as manifests
+from lib.backup.manifest import BackupFile, GraphComponent, check_file, checking_file, require_equal
 from lib.backup.points import TemporaryIdTable, ids_for_points
 from lib.child_process import free_memory
-from lib.clients.falkordb.connection import (
-    GraphAddress,
-    ServerVersions,
-    expires_at,
-    function_libraries,
-    list_graphs,
-    require_graph,
-    save_failure,
-    server_versions,
-)
+from lib.clients.falkordb import connection
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.psync import PsyncRefused, RdbNotMade, stream_rdb
 from lib.clients.falkordb.queries import GraphCounts, GraphSchema, counts, schema
@@ -78,8 +60,7 @@ class GraphVerification:
 
 
 def _contents(seen: GraphCounts, definitions: GraphSchema, digest: str) -> dict[str, Any]:
-    defined = {"indexes": definitions.indexes, "constraints": definitions.constraints}
-    return {**vars(seen), **defined, "digest": digest}
+    return vars(seen) | {"indexes": definitions.indexes, "constraints": definitions.constraints, "digest": digest}
 
 
 def verify_graph(
@@ -107,7 +88,7 @@ def verify_graph(
         why_not = f"{error}; {' '.join(error.next_step.splitlines())}"
     except ScratchFailed as error:
         why_not = str(error)
-    return GraphVerification(CHECKED, f"not loaded: {why_not}", facts)
+    return GraphVerification(manifests.CHECKED, f"not loaded: {why_not}", facts)
 
 
 def inspect_backup(path: Path, file: BackupFile | None) -> RdbFacts:
@@ -134,7 +115,7 @@ def compare_graph(path: Path, component: GraphComponent, found: GraphVerificatio
 
     Nothing is compared for a component that was only `checked`: writes to the source may have changed its counts.
     """
-    if component.digest or component.proof == RESTORED:
+    if component.digest or component.proof == manifests.RESTORED:
         require_equal(path, vars(component), found.contents)
 
 
@@ -162,14 +143,11 @@ def loaded_graph(
     digest: str = "",
     stop: CancelToken | None = None,
 ) -> Iterator[tuple[GraphVerification, Scratch]]:
-    """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
-
-    A known `digest` is not computed. Raises BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
-    """
+    """Load the RDB into a scratch server for the block, compare. Raises BackupDamaged, ScratchFailed, UsageProblem."""
     with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name
-        held = list_graphs(scratch.conn)
+        held = connection.list_graphs(scratch.conn)
         if graph not in held and component and component.graph == graph:
             raise BackupDamaged(f"{path} does not hold the graph '{graph}', which its manifest names")
         if graph not in held:
@@ -188,14 +166,16 @@ def read_loaded(scratch: Scratch, name: str, engine: Engine, facts: RdbFacts, *,
     seen, definitions = counts(scratch.conn, name), schema(scratch.conn, name)
     known = GraphDigest(digest, seen.nodes, seen.relationships) if digest else None
     whole = known or graph_digest(scratch.conn, name)
-    return GraphVerification(RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole)
+    return GraphVerification(
+        manifests.RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole
+    )
 
 
 @dataclass(frozen=True)
 class GraphSource:
     """An opened FalkorDB and the graph in it."""
 
-    address: GraphAddress
+    address: connection.GraphAddress
     conn: redis.Redis
     graph: str
 
@@ -218,21 +198,21 @@ def take_graph(
     moment, because a server waits 5 s by default before it sends an RDB. `ids`: see `verify_graph`. Raises MissingData
     if the graph is absent, BackupDamaged.
     """
-    require_graph(source.conn, source.graph)
-    path = private_dir(folder / GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
+    connection.require_graph(source.conn, source.graph)
+    path = private_dir(folder / manifests.GRAPH_DIR) / f"{source.graph}_{stamp}.rdb"
     contents = _contents(counts(source.conn, source.graph), schema(source.conn, source.graph), "")
-    versions, expires = server_versions(source.conn), expires_at(source.conn, source.graph)
+    versions, expires = connection.server_versions(source.conn), connection.expires_at(source.conn, source.graph)
     why_dump = "no wait for an RDB before a restore" if at_once else _why_dump(versions, engines, expires)
     size, sha256, why_dump = _write_rdb(source, path, progress, stop, why_dump)
     component = GraphComponent(
-        file=BackupFile(f"{GRAPH_DIR}/{path.name}", size, sha256),
+        file=BackupFile(f"{manifests.GRAPH_DIR}/{path.name}", size, sha256),
         kind="dump" if why_dump else "rdb",
         graph=source.graph,
         server={"address": source.address.display, "redis": versions.redis, "falkordb": versions.falkordb},
-        proof=UNVERIFIED,
+        proof=manifests.UNVERIFIED,
         proof_note="--no-verify",
         expires=expires,
-        functions=function_libraries(source.conn),
+        functions=connection.function_libraries(source.conn),
         **contents,
     )
     if verify:
@@ -257,13 +237,13 @@ def _write_rdb(
     except PsyncRefused:
         why_dump = "its RDB is refused"
     except RdbNotMade as error:
-        if not save_failure(source.conn):
+        if not connection.save_failure(source.conn):
             raise  # the connection broke
         why_dump = str(error)
     return *write_dump(source.conn, source.graph, path, progress), why_dump
 
 
-def _why_dump(versions: ServerVersions, engines: list[Engine], expires: str) -> str:
+def _why_dump(versions: connection.ServerVersions, engines: list[Engine], expires: str) -> str:
     """Why an RDB of the whole server could not be loaded here, now or later; "" if it can."""
     if not reads_from(versions, engines):
         return "no engine here loads what this server writes"

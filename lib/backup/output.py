@@ -10,31 +10,11 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+from lib.backup import manifest as manifests
 from lib.backup.catalog import Deployment, backup_sets, is_complete
-from lib.backup.manifest import (
-    CHECKED,
-    COLLECTION_ONLY,
-    FULL,
-    GRAPH_ONLY,
-    SAFETY_COPY,
-    UNVERIFIED,
-    VERIFICATION_LEVELS,
-    CollectionComponent,
-    GraphComponent,
-    Manifest,
-)
+from lib.backup.manifest import GraphComponent, Manifest
 from lib.console import Console, size_text, table
-from lib.errors import (
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    REMAINING,
-    VERIFICATION_FAILED,
-    MigrationError,
-    UsageProblem,
-    listed,
-    one_line,
-)
+from lib.errors import DONE, FAILED, INTERRUPTED, REMAINING, VERIFICATION_FAILED, MigrationError, UsageProblem, one_line
 from lib.files import atomic_writer
 
 if TYPE_CHECKING:
@@ -48,9 +28,9 @@ if TYPE_CHECKING:
 
 # Of the kinds of sets that are never `latest`.
 _REMARKS = {
-    GRAPH_ONLY: "  graph only",
-    COLLECTION_ONLY: "  collection only",
-    SAFETY_COPY: "  safety copy: a restore took it of what it replaced",
+    manifests.GRAPH_ONLY: "  graph only",
+    manifests.COLLECTION_ONLY: "  collection only",
+    manifests.SAFETY_COPY: "  safety copy: a restore took it of what it replaced",
 }
 _SAME_DISK = "; that is the disk of the backup folder: is the other one mounted? A lost disk takes both"
 
@@ -81,7 +61,14 @@ def show_sources(
 
 def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None = None) -> int:
     """Show the new set; exit code 3 if it was not verified, or if one of the stores seems to be lost."""
-    lines = [table([_component_row(one) for one in manifest.components]), "", f"backup set: {manifest.path}"]
+    rows = []
+    for one in manifest.components:
+        if isinstance(one, GraphComponent):
+            what = f"{one.nodes:,} nodes, {one.relationships:,} relationships"
+        else:
+            what = f"{one.points:,} points, {one.size}d, {one.model} ({one.model_known})"
+        rows.append((one.file.name, size_text(one.file.size), what, f"{one.proof.upper()}: {one_line(one.proof_note)}"))
+    lines = [table(rows), "", f"backup set: {manifest.path}"]
     drift, lost = manifest.drift, manifest.lost_store
     if drift and (drift.only_graph or drift.only_collection):
         repair = "" if lost else "; this repairs it:\n  python scripts/reembed_embeddings.py --only-missing"
@@ -93,12 +80,11 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
         lines.append(_upload_line(uploaded))
     console.result(document, "\n".join(lines))
     for component in manifest.components:
-        if component.proof == CHECKED:
-            note = one_line(component.proof_note)
-            console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {note}")
+        if component.proof == manifests.CHECKED:
+            console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {one_line(component.proof_note)}")
     if manifest.graph:
         _warn_left_out(manifest.graph, console)
-    if manifest.proof == UNVERIFIED:
+    if manifest.proof == manifests.UNVERIFIED:
         console.warn("the backup was not verified (--no-verify): re-embed will not rely on it")
         return REMAINING
     if lost:
@@ -107,25 +93,16 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
     return DONE
 
 
-def _component_row(component: GraphComponent | CollectionComponent) -> tuple[str, ...]:
-    if isinstance(component, GraphComponent):
-        what = f"{component.nodes:,} nodes, {component.relationships:,} relationships"
-    else:
-        what = f"{component.points:,} points, {component.size}d, {component.model} ({component.model_known})"
-    level = f"{component.proof.upper()}: {one_line(component.proof_note)}"
-    return component.file.name, size_text(component.file.size), what, level
-
-
 def _warn_left_out(component: GraphComponent, console: Console) -> None:
-    """Warn of what a restore of the graph will not bring back."""
     if component.expires:
         console.warn(
             f"graph '{component.graph}' has an expiry: the server deletes it at {component.expires}."
             f" `PERSIST {component.graph}` in redis-cli removes the expiry"
         )
     if component.functions:
+        names = one_line(", ".join(component.functions))
         console.warn(
-            f"the server has function libraries (GRAPH.UDF): {listed(component.functions)}. A restore of the graph does"
+            f"the server has function libraries (GRAPH.UDF): {names}. A restore of the graph does"
             " not bring them back: save their code"
         )
 
@@ -136,16 +113,14 @@ def show_sets(catalog: Catalog, console: Console) -> int:
         command = f"python scripts/backup_automem.py --check {quote(path)}"
         console.warn(f"{path.rpartition('/')[2]} cannot be read; to see what is wrong:  {command}")
     rows = [_set_row(one, complete=complete) for one, complete in catalog.sets]
-    header = ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")
-    figures = table(rows, header).splitlines()
+    figures = table(rows, ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")).splitlines()
     lines, sets = figures[: len(figures) - len(rows)], []
     for line, (one, complete) in zip(figures[len(lines) :], catalog.sets, strict=True):
         pinned = one.name in catalog.pinned
         lines += [line, f"  {_contents(one)}", *([_REMARKS[one.kind]] if one.kind in _REMARKS else [])]
         if pinned:
             lines.append("  pinned: no cleanup deletes it")
-        facts = {"kind": one.kind, "proof": one.proof, "complete": complete, "pinned": pinned}
-        sets.append({**one.as_json(), **facts})
+        sets.append(one.as_json() | {"kind": one.kind, "proof": one.proof, "complete": complete, "pinned": pinned})
     if any(one.kind in _REMARKS for one, _ in catalog.sets):
         lines += ["", "`latest` is the newest full set (no remark); restore the others by name."]
     document: dict[str, object] = {"where": catalog.where, "sets": sets, "unreadable": catalog.unreadable}
@@ -297,16 +272,18 @@ def _samples(folder: Path, owner: Deployment, only: str | None, seconds: float, 
     Of a set only the stores count that the run backs up. Safety copies do not count.
     """
     found: _Samples = {"last_run_duration_seconds": [({}, round(seconds, 3))], "last_run_exit_code": [({}, code)]}
-    kind = {None: FULL, "falkordb": GRAPH_ONLY, "qdrant": COLLECTION_ONLY}[only]
+    kind = {None: manifests.FULL, "falkordb": manifests.GRAPH_ONLY, "qdrant": manifests.COLLECTION_ONLY}[only]
     absent: dict[str, Any] = {_LEFT_OUT[only]: None, "drift": None} if only else {}
     sets = (replace(one, **absent) for one in backup_sets(folder))
-    verified = (one for one in sets if one.kind == kind and one.proof != UNVERIFIED and not one.is_from_future)
+    verified = (
+        one for one in sets if one.kind == kind and one.proof != manifests.UNVERIFIED and not one.is_from_future
+    )
     manifest = next((one for one in verified if owner.owns(one) and is_complete(one)), None)
     if manifest is None:
         return found
     graph, collection, drift = manifest.graph, manifest.collection, manifest.drift
     found["last_success_timestamp_seconds"] = [({}, datetime.fromisoformat(manifest.created).timestamp())]
-    found["last_success_verification_level"] = [({}, VERIFICATION_LEVELS.index(manifest.proof))]
+    found["last_success_verification_level"] = [({}, manifests.VERIFICATION_LEVELS.index(manifest.proof))]
     sizes = [(one.file.name.partition("/")[0], one.file.size) for one in manifest.components]
     found["size_bytes"] = [({"component": store}, size) for store, size in sizes]
     if graph:

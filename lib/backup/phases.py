@@ -104,10 +104,7 @@ def remove_named_snapshots(source: CollectionSource, journal: Journal) -> None:
 
 
 def snapshot_deletions(source: CollectionSource, journal: Journal) -> list[str]:
-    """Return the commands that delete snapshots that this run may have made and its journal does not name.
-
-    They were begun right after the announcement. Another client may have made them, so none is deleted here.
-    """
+    """Commands that delete snapshots begun right after the announcement: another client may have made them."""
     commands = []
     for qdrant, node in _nodes_left(source, journal):
         entry = _latest(journal, node, "known_snapshots")
@@ -157,7 +154,6 @@ def _nodes_left(source: CollectionSource, journal: Journal) -> Iterator[tuple[Qd
 
 
 def _latest(journal: Journal, node: str | None, fact: str) -> dict[str, Any]:
-    """The latest entry about this node that has the fact."""
     return next(one for one in reversed(journal.entries) if one.get("node") == node and fact in one)
 
 
@@ -212,19 +208,17 @@ def last_migration(folder: Path, targets: list[str]) -> Journal | None:
 
 def restored_since(migration: Journal) -> bool:
     """Whether a restore of the collection finished after this migration."""
-    journals = map(read_journal, migration.folder.glob("journal_*_restore.jsonl"))
     return any(
         one.run_id > migration.run_id and one.fact("temporary_collection") and not one.is_open
-        for one in journals
+        for one in map(read_journal, migration.folder.glob("journal_*_restore.jsonl"))
         if one and one.targets == migration.targets
     )
 
 
 def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]:
-    """The model stamp in the journal of the newest run that recreated this collection (address and name).
+    """The model stamp in the journal of the newest run that recreated this collection, for servers before 1.16.
 
-    For servers that store no metadata (before 1.16). Empty if that run was no migration, did not finish, or made
-    vectors of another size.
+    Empty if that run was no migration, did not finish, or made vectors of another size.
     """
     for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
         journal = read_journal(path)

@@ -102,7 +102,6 @@ def _text_in_value_form(live: Any, value: str) -> Any:
 
 
 def _parsed_json(text: object) -> Any:
-    """Parse JSON text; None if it is not JSON."""
     try:
         return orjson.loads(text) if isinstance(text, str) else None
     except ValueError:
@@ -420,10 +419,7 @@ def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) ->
 
 
 def all_points(qdrant: Qdrant, collection: str, *, page: int = PAGE, vector: bool = False) -> Iterator[list[Point]]:
-    """Yield all points with their payloads, in pages: their ids are read first, then several pages at a time.
-
-    Pages of a scroll come one after the other, because each names the next. They are used if reads are limited.
-    """
+    """Yield all points in pages: the ids first, then several pages at once; by a scroll if the server limits reads."""
     if limits_reads(qdrant, collection):
         yield from read_ahead(scroll(qdrant, collection, payload=True, vector=vector, page=page))
         return

@@ -11,17 +11,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from shlex import quote
 
+from lib.backup import catalog as catalogs
 from lib.backup.age import SUFFIX, CopyKeys
-from lib.backup.catalog import (
-    PIN,
-    REPORT_DIR,
-    Deployment,
-    delete_set,
-    manifests_named,
-    pinned_sets,
-    safety_copies,
-    with_purpose,
-)
+from lib.backup.catalog import PIN, Deployment, delete_set, manifests_named, pinned_sets, safety_copies, with_purpose
 from lib.backup.copies import Catalog, catalog_at, delete_copy, require_elsewhere
 from lib.backup.copy_store import open_offsite
 from lib.backup.manifest import UNVERIFIED, Manifest
@@ -79,11 +71,7 @@ def clean_up(
 def plan_cleanup(
     catalog: Catalog, rules: Mapping[str, int], owner: Deployment, folder: Path, targets: list[str]
 ) -> Cleanup:
-    """Choose the sets of this deployment that a cleanup deletes.
-
-    `rules` maps KEEP or a flag of PERIODS to its number; each kind of sets has its own count. The journals and reports
-    of `folder` name what is protected. Raises UsageProblem if a number is below 1.
-    """
+    """Choose the sets that a cleanup deletes. `rules`: KEEP or a flag of PERIODS to its number. Raises UsageProblem."""
     for flag, count in rules.items():
         if count < 1:
             again = f"python scripts/backup_automem.py --cleanup {flag} 3 --dry-run"
@@ -106,10 +94,7 @@ def _countable(sets: list[tuple[Manifest, bool]]) -> list[Manifest]:
 
 
 def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -> dict[str, str]:
-    """The names of the sets that a rule keeps, or that their state keeps, with the reason.
-
-    `sets` are of one kind, newest first, each with whether it is complete.
-    """
+    """Names of sets that a rule or their state keeps, and why. `sets`: of one kind, newest first, whether complete."""
     counted = _countable(sets)
     found: dict[str, str] = {}
     for flag, count in rules.items():
@@ -152,9 +137,9 @@ def _protected_sets(folder: Path, counted: list[Manifest], targets: list[str]) -
         elif journal.age_hours <= PROTECTED_DAYS * 24:
             why = f"the undo of {journal.command} run {journal.run_id} names it"
             found = dict.fromkeys(_named(journal), why) | found
-    for path in (folder / REPORT_DIR).glob("*.json"):
+    for path in (folder / catalogs.REPORT_DIR).glob("*.json"):
         if path.stat().st_mtime >= time.time() - PROTECTED_DAYS * 86400:
-            found = dict.fromkeys(_sets_in(path), f"{REPORT_DIR}/{path.name} names it") | found
+            found = dict.fromkeys(_sets_in(path), f"{catalogs.REPORT_DIR}/{path.name} names it") | found
     newest = next((one.name for one in counted if one.collection and one.proof != UNVERIFIED), "")
     if finished and newest <= max(finished):
         why = "it undoes the newest re-embedding, and no newer verified set of the collection exists"
@@ -173,7 +158,6 @@ def _sets_in(path: Path) -> set[str]:
 
 
 def _manifests_in(text: str) -> set[str]:
-    """The manifests of all files that a text names."""
     return {f"backup_{stamp}.json" for stamp in re.findall(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b", text)}
 
 

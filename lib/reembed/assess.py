@@ -18,7 +18,6 @@ from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponen
 from lib.backup.points import TemporaryIdTable, as_id, existing_points
 from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.cache_file import chunks
-from lib.clients.embeddings.pricing import price_of
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
@@ -29,15 +28,8 @@ from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_sett
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
 from lib.journal import Journal
 from lib.network import same_server
-from lib.reembed.context import (
-    Context,
-    accepted_backup,
-    may_mix_models,
-    must_forget,
-    reached,
-    refuse_foreign_staged,
-    refuse_other_stores,
-)
+from lib.reembed import context
+from lib.reembed.context import Context, accepted_backup, may_mix_models, must_forget, reached
 from lib.reembed.plan import Scan, memories_now, only_live_ids, scan_graph
 from lib.reembed.sync import missing_of
 from lib.verify.compare import ONLY_MISSING, different_vectors
@@ -45,10 +37,8 @@ from lib.verify.compare import ONLY_MISSING, different_vectors
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
 # that answers with errors only.
 ABSENT, ADOPT, REPLACE, FAILED = "absent", "adopt", "replace", "failed"
-# If the graph lost more than this during the run, something is wrong with it: the run stops.
-_LOST_SHARE, _LOST_FEW = 0.01, 10
-# The server continues a restore whose client was killed.
-_RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0
+_LOST_SHARE, _LOST_FEW = 0.01, 10  # a run stops if the graph lost more since its plan
+_RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0  # also without its client
 _EXAMPLES, _PAGE, _FIRST = 20, 500, 64
 MAX_AGE_HOURS = 24.0
 # The server refuses writes with less than 64 MiB free; log files and segment pages of 32 MiB each (1.11.3, 1.18.3).
@@ -87,21 +77,13 @@ class Assessment:
     repair: bool = False
 
     @property
-    def price(self) -> float | None:
-        """In US dollars; None for a model without a known price."""
-        return price_of(self.missing.tokens, self.spec.model, self.spec.provider)
-
-    @property
     def cached(self) -> int:
         """Memories that need no embedding: cached, or with the text of another one."""
         return self.scan.usable - self.missing.texts
 
     @property
     def room(self) -> int:
-        """Bytes that the Qdrant server needs in addition to the live collection.
-
-        Four times the points (the staged collection, its snapshot, the copies restored from it), and a fixed amount.
-        """
+        """Bytes needed besides the live collection: four times the points (staged, snapshot, copies), a fixed part."""
         return round(4 * self.scan.usable * self.scan.point_bytes(self.spec.size)) + _FIXED_BYTES
 
     @property
@@ -119,7 +101,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
     _require_saved_payloads(ctx, journal, live)
     state, in_place = live.state, ctx.in_place
     if not (repair or in_place):
-        refuse_foreign_staged(ctx)
+        context.refuse_foreign_staged(ctx)
     if state is not None:  # a cluster's snapshots hold one node each, so nothing is staged there
         in_place = in_place or topology(ctx.qdrant, state.name).peers > 1
     if scan.own_text == 0 and (state.points if state else not _was_empty(ctx, journal)):
@@ -152,11 +134,7 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
 
 @contextmanager
 def orphan_points(ctx: Context, state: CollectionState) -> Iterator[tuple[TemporaryIdTable, set[PointId]]]:
-    """The ids of the points without an embeddable memory, and those of them that stay, because their memory exists.
-
-    The graph is asked after the points were read. Raises MissingData for an empty graph, GuardRefused if more than 1%
-    of the points would be removed without a verified backup.
-    """
+    """Ids of points without an embeddable memory, and those that stay. Raises MissingData, GuardRefused (over 1%)."""
     with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
         if len(only_live) and ctx.cache.memory_count() == 0:
             raise MissingData(
@@ -230,13 +208,13 @@ def find_live(ctx: Context, journal: Journal | None) -> Live:
         with suppress(StoreFailed):  # then it is deleted
             wait_restored(qdrant, name, _RESTORE_SECONDS)
     if not collections.exists(qdrant, name):
-        refuse_other_stores(ctx)
+        context.refuse_other_stores(ctx)
         return Live(ABSENT, None)
     if collections.health(qdrant, name) == "failed":
         return Live(FAILED, None)
     state = collections.get_state(qdrant, name)
     if state.points == 0:
-        refuse_other_stores(ctx)
+        context.refuse_other_stores(ctx)
     return Live(ADOPT if _is_result(ctx, journal, state) else REPLACE, state)
 
 
@@ -285,21 +263,16 @@ def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Man
             f"Collection '{ctx.collection}' has failed: it answers with errors only and cannot be read",
             next_step="restore a backup first:\npython scripts/restore_from_backup.py latest",
         )
-    accepted = _ask_guard(ctx, journal, live.state) if live.kind == REPLACE and live.state else None
+    accepted, state = None, live.state
+    if live.kind == REPLACE and state and state.points:
+        with existing_points(ctx.qdrant, state.name, payload=False) as ids, only_live_ids(ctx, ids) as only_live:
+            # Recreated after the delete, every id of it in the graph: its payloads are saved.
+            if not (reached(journal, phases.DELETED) and not len(only_live) and _is_recent(ctx, journal)):
+                guarded = GuardedCollection(ctx.qdrant.display, state, ids, only_live)
+                accepted = require_backup(ctx.folder, guarded, ctx.spec.size)
     if accepted or reached(journal, phases.DELETING):
         return accepted or accepted_backup(ctx, journal)
     return None if live.kind == ADOPT else newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
-
-
-def _ask_guard(ctx: Context, journal: Journal | None, state: CollectionState) -> Manifest | None:
-    """Return the backup that the guard accepts; None if there is nothing to lose."""
-    if state.points == 0:
-        return None
-    with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
-        if reached(journal, phases.DELETED) and not len(only_live) and _is_recent(ctx, journal):
-            return None  # recreated meanwhile, every id of it in the graph: its payloads are saved
-        guarded = GuardedCollection(ctx.qdrant.display, state, live, only_live)
-        return require_backup(ctx.folder, guarded, ctx.spec.size)
 
 
 def _is_recent(ctx: Context, journal: Journal | None) -> bool:
@@ -363,7 +336,6 @@ def find_backup(folder: Path, guarded: GuardedCollection) -> Manifest | str:
 
 
 def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
-    """Return why this set does not protect the collection, or None."""
     component = manifest.collection
     if component is None:
         return "holds no collection"

@@ -9,6 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from lib import dimensions
 from lib.backup import phases
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import Manifest, read_manifest
@@ -18,16 +19,7 @@ from lib.clients.qdrant.collection import exists
 from lib.clients.qdrant.points import PointId
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import ProgressBar
-from lib.dimensions import (
-    ENDPOINT_SETTINGS,
-    MODEL_SETTINGS,
-    OLLAMA,
-    PROVIDER,
-    EmbeddingSpec,
-    model_settings,
-    provider_of,
-    public_url,
-)
+from lib.dimensions import EmbeddingSpec, model_settings, provider_of, public_url
 from lib.errors import BackupDamaged, BadFile, GuardRefused
 from lib.journal import Journal, open_journals
 from lib.verify.compare import OTHER_MODEL
@@ -217,24 +209,23 @@ def accepted_backup(ctx: Context, journal: Journal | None) -> Manifest | None:
 
 
 def _open_here(ctx: Context) -> list[Journal]:
-    """Return the open journals of these stores, newest first."""
     return open_journals(ctx.folder, ctx.targets, phases.COMMAND)[::-1]
 
 
 def _other_settings(journal: Journal, ctx: Context) -> GuardRefused:
     was, now = journal.fact("spec"), phases.spec_as_json(ctx.spec)
     provider = provider_of(was)
-    names = {"size": "VECTOR_SIZE"}
+    names, endpoint = {"size": "VECTOR_SIZE"}, dimensions.ENDPOINT_SETTINGS.get(provider, "")
     if provider == ctx.spec.provider:
-        names |= {"model": MODEL_SETTINGS.get(provider, "model"), "endpoint": ENDPOINT_SETTINGS.get(provider, "")}
+        names |= {"model": dimensions.MODEL_SETTINGS.get(provider, "model"), "endpoint": endpoint}
     else:
-        names |= {"provider": PROVIDER}
+        names |= {"provider": dimensions.PROVIDER}
     changed = [name for key, name in names.items() if was.get(key) != now.get(key)]
     settings = model_settings(provider, was["model"], named=bool(ctx.reason))
     # The record has neither a login nor a query. If the endpoint that is set has one, an export would drop it.
     drops = was["endpoint"] == now["endpoint"] and now["endpoint"] != ctx.spec.base_url
-    if provider in ENDPOINT_SETTINGS and not drops:
-        settings[ENDPOINT_SETTINGS[provider]] = was["endpoint"].removesuffix("/v1" if provider == OLLAMA else "")
+    if endpoint and not drops:
+        settings[endpoint] = was["endpoint"].removesuffix("/v1" if provider == dimensions.OLLAMA else "")
     exports = " ".join(f"{name}={quote(value)}" for name, value in settings.items())
     return GuardRefused(
         f"cannot resume the unfinished run of '{ctx.collection}': {' and '.join(changed)}"

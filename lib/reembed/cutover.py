@@ -90,17 +90,12 @@ def _choose_method(ctx: Context, journal: Journal, assessment: Assessment, kind:
     """Choose how to cut over, before the live collection is deleted if it still exists."""
     if assessment.in_place or staging.verified_staged(ctx, journal) is None:
         return CutoverMethod(FILL)
-    before_delete = kind == assess.REPLACE
-    with staging.staged_dropped_if_full(ctx, journal, assessment.room) if before_delete else nullcontext():
+    with staging.staged_dropped_if_full(ctx, journal, assessment.room) if kind == assess.REPLACE else nullcontext():
         return verify_method(ctx, journal)
 
 
 def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
-    """Make a snapshot of the staged collection, and return the first method that works for it.
-
-    The server fetches it from itself; else it is sent from here; else, if this machine has no room for it, the new
-    collection is filled from the cache.
-    """
+    """Make a snapshot of the staged collection; return the first method that works: fetched, sent, else filled."""
     began = time.monotonic()
     snapshot = _snapshot(ctx, journal)
     checksum = snapshot.checksum

@@ -7,22 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
+from lib.clients.embeddings import worker_pool
 from lib.clients.embeddings.cache import EmbeddingCache, Missing, TextRow
 from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, count_tokens, expected, price_of, price_text
-from lib.clients.embeddings.worker_pool import (
-    SEQUENTIAL,
-    EmbedProgress,
-    Refused,
-    embed_few,
-    embed_missing,
-    texts_a_request,
-)
+from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_few, embed_missing
 from lib.concurrency import steps_of
 from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url
 from lib.errors import GuardRefused, UsageProblem
@@ -30,9 +24,6 @@ from lib.journal import Journal
 from lib.reembed.context import Context
 from lib.reembed.plan import Scan, scan_graph
 from lib.verify.compare import SAME_MODEL_COSINE, cosine
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 MOST_ROUNDS, FEW_TEXTS = 5, 100  # catching up ends with a round that embeds fewer texts, or with the last round
 MOST_INTERVALS = 240
@@ -147,10 +138,7 @@ class EmbeddingTotals:
 
     @contextmanager
     def recording(self, *, stored: bool = True) -> Iterator[Callable[[EmbedProgress], None]]:
-        """Yield a progress callback that adds one call of `embed_missing` to the sums, however the block ends.
-
-        `stored`: False if the vectors are thrown away, so that all tokens count as discarded.
-        """
+        """Yield a progress callback that adds to the sums, however the block ends. Not `stored`: all is discarded."""
         added = latest = EmbedProgress()
         after_pause, saved_at = bool(self.sums.slots), time.monotonic()
 
@@ -217,8 +205,8 @@ class EmbeddingRunner:
         seconds = self.client.request_seconds
         if seconds is None or not left.texts:
             return None
-        workers = 1 if self.spec.provider in SEQUENTIAL else self.workers
-        limits = {"workers": workers, "batch_size": texts_a_request(self.spec, self.batch_size)}
+        workers = 1 if self.spec.provider in worker_pool.SEQUENTIAL else self.workers
+        limits = {"workers": workers, "batch_size": worker_pool.texts_a_request(self.spec, self.batch_size)}
         return expected(self.client.pacer, seconds, left.texts, left.tokens, **limits)
 
     def require_affordable(self, tokens: int) -> None:
@@ -275,10 +263,7 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
 
 
 def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
-    """Embed three texts of the plan that have a vector again. Raises GuardRefused if the model makes other vectors now.
-
-    Only for a model without a price: the name of a model that operators serve themselves does not fix its weights.
-    """
+    """Embed three cached texts again if the model has no price: GuardRefused if its weights have changed."""
     if price_of(1, ctx.spec.model, ctx.spec.provider):
         return
     rows = ctx.cache.embedded(SAMPLES)

@@ -76,10 +76,7 @@ def usually_spelled(graph: GraphSource, ids: Sequence[PointId]) -> set[PointId]:
 
 
 def memories_now(graph: GraphSource, ids: Iterable[Sequence[PointId]]) -> set[PointId]:
-    """Return those of `ids` (pages) whose memory is in the graph now, whatever its content is.
-
-    The graph is asked for the usual spellings. If ids are left after that, every id of the graph is read, once.
-    """
+    """Return those of `ids` (pages) whose memory is in the graph: by usual spellings, then by reading every id."""
     found: set[PointId] = set()
     with TemporaryIdTable() as left:
         for page in ids:
@@ -185,7 +182,15 @@ def _plan(candidates: list[_Candidate], ctx: Context, scan: Scan) -> None:
         if one.identity in known or one.identity in rows:
             scan.skip(one.node, DUPLICATE)
             continue
-        payload = _payload(one)
+        properties = dict(one.node.properties)
+        if properties.get("content") != one.text:  # the point keeps its own, see `sync.changes`
+            properties.pop("content", None)
+        try:
+            payload = orjson.dumps(properties)
+        except TypeError as error:
+            problem = f"memory {one.identity} has a property that a payload cannot hold: {error}"
+            step = "change that property in the graph, then run the same command again"
+            raise MigrationError(problem, next_step=step) from error
         rows[one.identity] = MemoryRow(one.identity, one.node.node_id, key, one.text, payload, tokens[key])
         scan.payload_bytes += len(payload)
         if one.reason:
@@ -196,16 +201,3 @@ def _plan(candidates: list[_Candidate], ctx: Context, scan: Scan) -> None:
                 scan.too_long_examples.append(str(one.identity))
     ctx.cache.put_memories(list(rows.values()))
     scan.usable += len(rows)
-
-
-def _payload(one: _Candidate) -> bytes:
-    """The graph's values as JSON. Without a content that is not embedded: the point keeps its own (`sync.changes`)."""
-    properties = dict(one.node.properties)
-    if properties.get("content") != one.text:
-        properties.pop("content", None)
-    try:
-        return orjson.dumps(properties)
-    except TypeError as error:
-        problem = f"memory {one.identity} has a property that a payload cannot hold: {error}"
-        next_step = "change that property in the graph, then run the same command again"
-        raise MigrationError(problem, next_step=next_step) from error

@@ -119,8 +119,22 @@ def compare_after(ctx: Context, journal: Journal) -> tuple[RecallComparison | No
         return None, "the old collection was not searched before it was deleted"
     if before.trouble:
         return None, before.trouble
+    recall = None
     try:
-        recall = _compare(ctx, before.near)
+        old = {one.id: one for one in before.near}
+        rows = ctx.cache.memories_of(list(old))
+        same_text = [rows[one.id] for one in before.near if one.id in rows and rows[one.id].key.hex() == one.key]
+        pairs = [(old[now.id], now) for now in _nearest_of(ctx, same_text)]
+        if pairs:
+            neighbours = sorted({one for was, _ in pairs for one in was.near}, key=str)
+            recall = RecallComparison(
+                neighbours=NEIGHBOURS,
+                overlap=mean_overlap((was.near, now.near) for was, now in pairs),
+                before_score=median(score for was, _ in pairs for score in was.scores),
+                after_score=median(score for _, now in pairs for score in now.scores),
+                left=len(neighbours) - len(retrieve(ctx.qdrant, ctx.collection, neighbours)),
+                memories=[_memory_recall(ctx.cache, rows[now.id], was, now) for was, now in pairs],
+            )
     except _FAILURES as error:
         return None, f"the new collection could not be searched: {error}".splitlines()[0]
     return recall, "" if recall else "no memory had a point with its content and another point"
@@ -150,24 +164,6 @@ def _hits(ctx: Context, identity: PointId) -> list[Hit]:
         if error.status in {400, 404}:
             return []
         raise
-
-
-def _compare(ctx: Context, before: list[Nearest]) -> RecallComparison | None:
-    old = {one.id: one for one in before}
-    rows = ctx.cache.memories_of(list(old))
-    same_text = [rows[one.id] for one in before if one.id in rows and rows[one.id].key.hex() == one.key]
-    pairs = [(old[now.id], now) for now in _nearest_of(ctx, same_text)]
-    if not pairs:
-        return None
-    neighbours = sorted({one for was, _ in pairs for one in was.near}, key=str)
-    return RecallComparison(
-        neighbours=NEIGHBOURS,
-        overlap=mean_overlap((was.near, now.near) for was, now in pairs),
-        before_score=median(score for was, _ in pairs for score in was.scores),
-        after_score=median(score for _, now in pairs for score in now.scores),
-        left=len(neighbours) - len(retrieve(ctx.qdrant, ctx.collection, neighbours)),
-        memories=[_memory_recall(ctx.cache, rows[now.id], was, now) for was, now in pairs],
-    )
 
 
 def _memory_recall(cache: EmbeddingCache, row: MemoryRow, was: Nearest, now: Nearest) -> MemoryRecall:
@@ -215,11 +211,7 @@ class SpotCheck(NamedTuple):
 
 
 def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | None, count: int) -> SpotCheck:
-    """Embed `count` memories spread over the plan, fill a temporary collection with them, compare, delete it.
-
-    The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
-    start deletes it.
-    """
+    """Embed `count` memories, fill a temporary collection (journaled first), compare both, delete it."""
     total, size = ctx.cache.memory_count(), ctx.spec.size
     step = max(1.0, total / count)
     wanted = {int(number * step) for number in range(min(count, total))}

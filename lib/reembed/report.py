@@ -201,7 +201,6 @@ class _Axis:
 
 
 def _axes(low: float, high: float, top: float) -> tuple[_Axis, _Axis]:
-    """Return the x axis from `low` to `high`, and the y axis from 0 to `top`."""
     return _Axis(low, high, Plot.left, Plot.right), _Axis(0.0, top, Plot.bottom, Plot.top)
 
 
@@ -304,13 +303,10 @@ def _templates() -> jinja2.Environment:
     templates = jinja2.Environment(
         loader=loader, autoescape=True, undefined=undefined, trim_blocks=True, lstrip_blocks=True
     )
-    templates.filters.update(count=_count, dollars=price_text, duration=_duration)
+    templates.filters.update(dollars=price_text, duration=_duration)
+    templates.filters["count"] = lambda number: f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
     templates.filters["moment"] = lambda text: datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M:%S")
     return templates
-
-
-def _count(number: float) -> str:
-    return f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -21,24 +21,16 @@ from lib.clients.embeddings.cache import Missing, TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected
 from lib.clients.embeddings.worker_pool import embed_few, embed_missing
-from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
+from lib.clients.qdrant.collection import CollectionState, exists, get_state, restore_aliases, set_metadata
 from lib.clients.qdrant.points import Point, delete_points, preflight_write, retrieve, scroll
 from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
 from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal, start_journal
-from lib.reembed import assess, staging
+from lib.reembed import assess, embed, staging
 from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, reached
 from lib.reembed.cutover import Cutover, cut_over
-from lib.reembed.embed import (
-    SAMPLES,
-    EmbeddingRunner,
-    catch_up,
-    embed_texts,
-    embed_uncached,
-    require_cached_model,
-    require_made_by,
-)
+from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
 from lib.reembed.report import Finished, make_report
@@ -89,12 +81,10 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
         first = staging.fill(ctx, journal)
         added, complete_at = first.outcome.added, first.complete_at
     else:
-        staging.restore_aliases(ctx, journal)
-    removed = 0
-    # The points are read first: what AutoMem wrote into both stores in between would be undone.
-    with TemporaryIdTable() as touched, existing_points(ctx.qdrant, ctx.collection) as existing:
-        scan = catch_up(ctx, runner, journal)
-        last = staging.fill(ctx, journal, touched, existing)
+        restore_aliases(ctx.qdrant, ctx.collection, journal.fact("aliases") or [])
+    scan, removed = catch_up(ctx, runner, journal), 0
+    with TemporaryIdTable() as touched:
+        last = staging.fill(ctx, journal, touched)
         # AutoMem may have removed memories with their old points alone, also before an earlier start ended.
         if cutover.absent_since is not None or journal.has_reached(phases.DELETING):
             removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
@@ -222,7 +212,7 @@ def try_one_batch(ctx: Context, runner: EmbeddingRunner, *, repair: bool) -> Tri
         runner.require_affordable(sum(row.tokens for row in first))
         stored = size == ctx.spec.size
         if stored:
-            require_cached_model(ctx, runner)
+            embed.require_cached_model(ctx, runner)
             ctx.cache.require_room(len(first), size)
         note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
         store = ctx.cache.put_vectors if stored else lambda _vectors: None
@@ -282,9 +272,9 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
             content = (point.payload or {}).get("content")
             if point.vector is not None and point.id in rows and content == rows[point.id].content:
                 points.append(point)
-        if len(points) >= SAMPLES:
+        if len(points) >= embed.SAMPLES:
             break
-    points = points[:SAMPLES]
+    points = points[: embed.SAMPLES]
     if not points and state.points:
         raise GuardRefused(
             f"no point of '{state.name}' holds its memory's content: the model of its vectors cannot be checked",
@@ -293,7 +283,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     # With the right stamp a re-embed finds the collection up to date.
     fresh = " --fresh" if is_model_of(stamp_of(state.raw["config"]), ctx.spec) else ""
     setting = SETTING_NAMES[ctx.spec.provider].model
-    require_made_by(
+    embed.require_made_by(
         runner,
         f"the vectors in '{state.name}'",
         {str(point.id): str((point.payload or {})["content"]) for point in points},
@@ -303,10 +293,7 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
 
 
 def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Remove the points that have no memory in the graph; each is saved in the cache first. Returns how many.
-
-    Raises like `orphan_points`.
-    """
+    """Save in the cache, then remove, the points without a memory. Returns how many. Raises like `orphan_points`."""
     removed = 0
     with assess.orphan_points(ctx, state) as (without_memory, memories):
         for ids in without_memory.ids():

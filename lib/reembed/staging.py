@@ -174,10 +174,7 @@ def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterato
 
 
 def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
-    """Return the result of `work`. On a full disk, after the delete, drop the staged collection and repeat it.
-
-    Raises StoreFailed if that does not make enough room. The cache has every vector of the staged collection.
-    """
+    """Do `work`; if the disk is full, drop the staged collection (the cache has it), repeat, or raise StoreFailed."""
     while True:
         try:
             return work()
@@ -224,18 +221,13 @@ def fill(
                 existing=existing,
             )
         complete_at = time.monotonic()
-        aliases_taken = restore_aliases(ctx, journal)
+        aliases_taken = collections.restore_aliases(ctx.qdrant, name, journal.fact("aliases") or [])
         indexed = _wait_for_index(ctx, name, changed=outcome.wrote)
         if settings := journal.fact("settings"):
             collections.put_fan_out(ctx.qdrant, name, settings["config"])
         return Filled(outcome, aliases_taken, indexed, complete_at)
 
     return with_room(ctx, journal, work)
-
-
-def restore_aliases(ctx: Context, journal: Journal) -> list[str]:
-    """Give the collection the aliases that the old one had. Returns those that another collection has taken."""
-    return collections.restore_aliases(ctx.qdrant, ctx.collection, journal.fact("aliases") or [])
 
 
 def verify_points(

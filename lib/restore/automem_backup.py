@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
 from lib.backup.automem_contents import GraphFacts, PointTable, read_graph, read_points
@@ -27,15 +28,10 @@ from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.clients.falkordb.rdb import inspect_rdb, wrap_dump
 from lib.clients.falkordb.scratch import Engine, NoEngine, require_readable_by, scratch_server
 from lib.clients.falkordb.swap import dump_graph
+from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import (
-    AUTOMEM_INDEXES,
-    create_default,
-    get_state,
-    indexing_threshold,
-    set_indexing_threshold,
-)
+from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, get_state
 from lib.clients.qdrant.points import BATCH_POINTS, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
@@ -47,9 +43,6 @@ from lib.restore.graph import GraphBackup
 from lib.restore.inputs import CollectionBackup, bare_facts
 from lib.verify.compare import vectors_differ
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 _UPSERTS = 2  # at once; the server gains little from more
 # What the trial's indexing threshold is multiplied by: no segment reaches it, and the quotient is the server's own.
 _NO_INDEX = 1_000_000
@@ -60,10 +53,9 @@ _EXAMPLES = 3
 def open_graph(
     source: AutoMemFile, target: GraphSource, engines: list[Engine], stop: CancelToken | None = None
 ) -> Iterator[tuple[GraphBackup, GraphFacts]]:
-    """Verify a graph's file while it is loaded into a scratch FalkorDB, which runs inside the block; what it holds.
+    """Verify a graph's file while a scratch FalkorDB has it for the block: the oldest one, which most targets read.
 
-    The oldest engine is used, which most targets read. `stop` ends the work from another thread. Raises BackupDamaged,
-    NoEngine, UsageProblem if the file is of another graph.
+    Raises BackupDamaged, NoEngine, UsageProblem if the file is of another graph.
     """
     if not engines:
         raise NoEngine(
@@ -132,7 +124,9 @@ class PointsPlan(RestorePlan):
         qdrant = self.target.qdrant
         create_default(qdrant, name, self.table.size)
         if name != self.target.collection:
-            set_indexing_threshold(qdrant, name, indexing_threshold(get_state(qdrant, name).raw) * _NO_INDEX)
+            collections.set_indexing_threshold(
+                qdrant, name, collections.indexing_threshold(get_state(qdrant, name).raw) * _NO_INDEX
+            )
         for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
             if progress:
                 progress(size)
@@ -159,10 +153,12 @@ class PointsPlan(RestorePlan):
             return None
         for old in snapshots.list_snapshots(qdrant, name):  # of a killed run
             snapshots.delete(qdrant, name, old.name)
-        raised = indexing_threshold(get_state(qdrant, name).raw)
-        set_indexing_threshold(qdrant, name, raised // _NO_INDEX or raised)  # so the snapshot has the server's own
+        raised = collections.indexing_threshold(get_state(qdrant, name).raw)
+        collections.set_indexing_threshold(
+            qdrant, name, raised // _NO_INDEX or raised
+        )  # so the snapshot has the server's own
         made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
-        set_indexing_threshold(qdrant, name, raised)
+        collections.set_indexing_threshold(qdrant, name, raised)
         url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
         return [(url, str(made.checksum))] if url else None
 

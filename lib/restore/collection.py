@@ -16,26 +16,12 @@ from typing import IO, Any, BinaryIO, cast
 from lib.backup.archive import SnapshotMember
 from lib.backup.collection import CollectionSource
 from lib.backup.points import existing_points, orphan_ids
-from lib.clients.qdrant import snapshots
+from lib.clients.qdrant import collection as collections
+from lib.clients.qdrant import restoring, snapshots
 from lib.clients.qdrant.cluster import LIST_NODES, peers_of, wait_active
-from lib.clients.qdrant.collection import (
-    aliases_of,
-    create_small,
-    delete_collection,
-    exists,
-    get_state,
-    health,
-    put_fan_out,
-    restore_aliases,
-)
+from lib.clients.qdrant.collection import delete_collection, exists, get_state, health, restore_aliases
 from lib.clients.qdrant.points import PointId, raw_points, scroll
-from lib.clients.qdrant.restoring import (
-    can_fetch_itself,
-    delete_with_snapshots,
-    recover,
-    upload_and_restore,
-    wait_restored,
-)
+from lib.clients.qdrant.restoring import can_fetch_itself, recover, upload_and_restore
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
@@ -44,7 +30,7 @@ from lib.restore.inputs import CollectionBackup
 
 # Phases of the journal.
 TRIAL_BEGUN, TRIAL_VERIFIED = "rehearsing the collection", "collection rehearsed"
-DELETING, RESTORED, PUT_BACK = ("deleting the live collection", "collection restored", "old collection put back")
+DELETING, RESTORED, PUT_BACK = "deleting the live collection", "collection restored", "old collection put back"
 _ROOM_FACTOR = 4  # the file, the trial's collection, what is unpacked, the file fetched
 _UNDER_WAY_SECONDS = 60.0  # for a restore that the server continues although its client was killed
 _TIMEOUT_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 4_000_000  # seen: 65 MB/s on 1.11.3, 250 MB/s on 1.18.3
@@ -111,8 +97,7 @@ class RestorePlan:
     def fetch(self, name: str, copies: Sequence[Copy]) -> None:
         """Have each node restore its copy as `name` from its own URL."""
         for part, copy in zip(self.parts, copies, strict=True):
-            further = part is not self.parts[0]
-            recover(part.node, name, *copy, seconds=part.timeout, allow_existing=further)
+            recover(part.node, name, *copy, seconds=part.timeout, allow_existing=part is not self.parts[0])
             self._wait_active(part, name)
 
     def verify_trial(self) -> None:
@@ -132,7 +117,7 @@ class RestorePlan:
         qdrant, name = self.target.qdrant, self.trial
         if exists(qdrant, name):
             return
-        create_small(qdrant, name)
+        collections.create_small(qdrant, name)
         try:
             self.delete_files(name, name)
         finally:
@@ -151,7 +136,7 @@ class RestorePlan:
     def complete(self, aliases: Iterable[str]) -> list[str]:
         """Set what a snapshot does not hold: the read fan-out, and the aliases. Returns those that others took."""
         qdrant, name = self.target.qdrant, self.target.collection
-        put_fan_out(qdrant, name, self.backup.archive.facts["config"])
+        collections.put_fan_out(qdrant, name, self.backup.archive.facts["config"])
         return restore_aliases(qdrant, name, aliases)
 
     def _send(self, part: Part, name: str, stem: str, progress: Progress | None, stream: IO[bytes]) -> None:
@@ -223,18 +208,15 @@ def verify_restored(backup: CollectionBackup, qdrant: Qdrant, name: str) -> None
     state = get_state(qdrant, name)
     if (state.size, state.distance) != (backup.snapshot.size, backup.snapshot.distance):
         raise BackupDamaged(f"restored as {state.size}d {state.distance}, the snapshot says {backup.snapshot.size}d")
+    restored = f"{backup.path.name} restores without an error, but"
     if not backup.ids.complete:  # a bare snapshot lists no ids: those of its trial restore are expected
         if state.points < (backup.points or 0):
-            raise _points_lost(backup, f"with {state.points} of {backup.points} points")
+            raise BackupDamaged(f"{restored} with {state.points} of {backup.points} points")
         backup.ids.fill(point.id for page in scroll(qdrant, name) for point in page)
     with existing_points(qdrant, name, payload=False) as existing:
         missing = sum(1 for _ in orphan_ids(backup.ids, existing.payloads))
     if missing:
-        raise _points_lost(backup, f"{missing} of {len(backup.ids)} points are lost")
-
-
-def _points_lost(backup: CollectionBackup, how: str) -> BackupDamaged:
-    return BackupDamaged(f"{backup.path.name} restores without an error, but {how}")
+        raise BackupDamaged(f"{restored} {missing} of {len(backup.ids)} points are lost")
 
 
 def _sample(plan: RestorePlan) -> Sample:
@@ -246,10 +228,7 @@ def _sample(plan: RestorePlan) -> Sample:
 
 
 def _verify_live(plan: RestorePlan, sample: Sample) -> None:
-    """Raise BackupDamaged unless the restored collection equals its trial; it is deleted then.
-
-    Compared are every id, and payloads and vectors (also named ones) of the sample.
-    """
+    """Delete the collection and raise BackupDamaged unless all ids, and a sample's payloads and vectors, match."""
     qdrant, name = plan.target.qdrant, plan.target.collection
     try:
         verify_restored(plan.backup, qdrant, name)
@@ -266,10 +245,7 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
 
 
 def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
-    """Restore under a temporary name and compare. The caller deletes a failed one at once.
-
-    A trial that a killed run verified is used again: its name holds the snapshot's checksum.
-    """
+    """Restore under a temporary name, compare; use a killed run's verified trial. The caller drops a failed one."""
     qdrant, name = plan.target.qdrant, plan.trial
     if not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.
@@ -305,7 +281,11 @@ def cut_over(
     sample = _sample(plan)
     copies = plan.copies()
     existed = exists(qdrant, name)
-    wanted = {*aliases, *plan.backup.archive.facts["aliases"], *(aliases_of(qdrant, name) if existed else ())}
+    wanted = {
+        *aliases,
+        *plan.backup.archive.facts["aliases"],
+        *(collections.aliases_of(qdrant, name) if existed else ()),
+    }
     journal.append(DELETING, undo=undo, aliases=sorted(wanted))
     if existed:
         delete_collection(qdrant, name)
@@ -315,7 +295,7 @@ def cut_over(
             plan.fetch(name, copies)
         else:
             plan.upload(name, second_upload, progress)
-        for stem in (second_upload, _old_stem(plan)):  # also what a killed run uploaded
+        for stem in (second_upload, f"{plan.trial}-old"):  # also what a killed run uploaded
             plan.delete_files(name, stem)
     except MigrationError:
         plan.drop_unusable()
@@ -328,7 +308,7 @@ def cut_over(
 
 def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> None:
     """After the cutover of `plan` failed: restore the old collection, which does not exist now, from `saved`."""
-    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(plan)
+    qdrant, name, stem = saved.target.qdrant, saved.target.collection, f"{plan.trial}-old"
     try:
         saved.upload(name, stem, None)
         saved.delete_files(name, stem)
@@ -337,11 +317,6 @@ def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> N
         saved.drop_unusable()
         raise
     saved.complete(aliases)
-
-
-def _old_stem(plan: RestorePlan) -> str:
-    """Under which the old collection's snapshots are uploaded when it is put back."""
-    return f"{plan.trial}-old"
 
 
 def is_absent(journal: Journal) -> bool:
@@ -354,13 +329,13 @@ def clean_up_collection(target: CollectionSource, journal: Journal, plan: Restor
     qdrant, collection = target.qdrant, target.collection
     if journal.has_reached(DELETING) and health(qdrant, collection) == "restoring":
         with suppress(StoreFailed):  # if it fails in the end, this run replaces it
-            wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
+            restoring.wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
     name = journal.fact("temporary_collection")
     if name is None or not exists(qdrant, name):
         return []
     if plan and journal.has_reached(TRIAL_VERIFIED) and name == plan.trial:
         return [f"resuming from {name}, which an earlier run verified"]
-    delete_with_snapshots(qdrant, name, target.nodes)
+    restoring.delete_with_snapshots(qdrant, name, target.nodes)
     return [f"removed the temporary collection {name}"]
 
 

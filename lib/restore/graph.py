@@ -11,23 +11,13 @@ from pathlib import Path
 
 from lib.backup.graph import GraphSource, GraphVerification, inspect_backup, loaded_graph, machine_lacks, write_dump
 from lib.backup.manifest import CHECKED, GRAPH_DIR, RESTORED, GraphComponent, read_manifest
+from lib.clients.falkordb import swap
 from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema
 from lib.clients.falkordb.rdb import RdbFacts, graph_name, unwrap_dump
 from lib.clients.falkordb.scratch import Engine, NoEngine, Scratch, engine_for
-from lib.clients.falkordb.swap import (
-    drop_graph,
-    dump_as,
-    dump_separately,
-    memory_used,
-    require_memory,
-    require_readable,
-    require_writable,
-    swap_back,
-    swap_in,
-    verify_acceptance,
-)
+from lib.clients.falkordb.swap import drop_graph, swap_in, verify_acceptance
 from lib.concurrency import CancelToken
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
 from lib.files import private_dir
@@ -94,13 +84,12 @@ def clean_up_graph(target: GraphSource, journal: Journal) -> list[str]:
             f" longer needed: GRAPH.DELETE {safety}"
         )
     else:
-        swap_back(target.conn, target.graph, safety)
+        swap.swap_back(target.conn, target.graph, safety)
         done.append(f"put the old graph back from {safety}")
     return done
 
 
 def _digest(target: GraphSource, name: str) -> str:
-    """The digest of a graph, or "" if it does not exist."""
     return graph_digest(target.conn, name).digest if name in list_graphs(target.conn) else ""
 
 
@@ -165,10 +154,10 @@ def require_swap(backup: GraphBackup) -> None:
     """Raise if the target would refuse the swap: rights, memory, a replica, a taken name."""
     target, mark = backup.target, secrets.token_hex(4)
     names = [temporary_name(target.conn, target.graph, kind, mark) for kind in ("try", "pre")]
-    require_writable(target.conn, target.graph, *names)
+    swap.require_writable(target.conn, target.graph, *names)
     payload = backup.path.stat().st_size
-    loaded = memory_used(backup.scratch.conn) if backup.scratch else _UNLOADED_FACTOR * payload
-    require_memory(target.conn, loaded + payload)
+    loaded = swap.memory_used(backup.scratch.conn) if backup.scratch else _UNLOADED_FACTOR * payload
+    swap.require_memory(target.conn, loaded + payload)
 
 
 def require_same_numbers(backup: GraphBackup) -> None:
@@ -207,16 +196,18 @@ def trial_restore(backup: GraphBackup, temporary: str) -> bytes:
     if scratch is None or backup.digest is None:
         payload = unwrap_dump(backup.path)
         assert payload is not None
-        require_readable(target.conn, payload, temporary)
+        swap.require_readable(target.conn, payload, temporary)
         return payload
     with ThreadPoolExecutor(1) as background:
         dumped: list[Future[bytes]] = []
 
         def dump() -> None:  # while the target's copy is read; so only one payload at a time is in memory
-            dumped.append(background.submit(dump_separately, scratch.address, target.graph))
+            dumped.append(background.submit(swap.dump_separately, scratch.address, target.graph))
 
         # The payload has no name here: `verify_acceptance` alone holds it.
-        verify_acceptance(target.conn, dump_as(scratch.conn, target.graph, temporary), temporary, backup.digest, dump)
+        verify_acceptance(
+            target.conn, swap.dump_as(scratch.conn, target.graph, temporary), temporary, backup.digest, dump
+        )
         return dumped[0].result()
 
 
@@ -241,7 +232,7 @@ def cut_over(backup: GraphBackup, payload: bytes, journal: Journal, *, undo: str
     if quiet and differs:
         saved = save_graph(target, target.graph, journal)
         if had_old:
-            swap_back(target.conn, target.graph, safety)
+            swap.swap_back(target.conn, target.graph, safety)
         raise StoreFailed(
             f"graph '{target.graph}' has not the backup's {differs} after the cutover; "
             + (f"the old graph is back, what was found is in {saved}" if had_old else f"see {saved}"),

@@ -88,7 +88,6 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
 
 
 def _single(what: str, files: list[Input[C]]) -> Input[C] | None:
-    """The only file of a store, if there is one. Raises BadFile for several files."""
     if len(files) > 1:
         raise BadFile(f"{files[1].path} and {files[0].path} are both of the {what}", next_step="name one of them")
     return files[0] if files else None
@@ -161,10 +160,7 @@ class CollectionBackup:
 
 
 def open_archive(path: Path, component: CollectionComponent | None) -> CollectionBackup:
-    """Verify an archive; nothing on the target is touched. Raises BackupDamaged.
-
-    If its bytes are those of a manifest whose points were counted, they are not counted again: the trial restore's are.
-    """
+    """Verify an archive. Points that its manifest counted are not counted again. Raises BackupDamaged."""
     size = component.snapshot_size if component else peek_facts(path)["snapshot_size"]
     ids = TemporaryIdTable()
     saved = SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
@@ -179,36 +175,28 @@ def open_archive(path: Path, component: CollectionComponent | None) -> Collectio
 
 
 def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
-    """Verify a bare snapshot: both tar levels, and the checksum file next to it if there is one.
-
-    Its segments are counted if an engine here reads them. A segment that is missing from the file shows in the count
-    alone, because only archives list the expected ids. Raises BackupDamaged.
-    """
+    """Verify a bare snapshot: both tars, its checksum file, its segments if possible. Raises BackupDamaged."""
     with scratch_folder("segments-") as scratch:
         copies = SegmentCopies(scratch.path, path.stat().st_size)
-        member, snapshot = _inspected(path, copies)
+        seen: list[SnapshotFacts] = []
+        try:
+            with path.open("rb") as stream:
+                member = read_snapshot(path.name, stream, lambda one: seen.append(copies.inspect(one)))
+        except BackupDamaged as error:
+            raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
+        # A server keeps a checksum next to a snapshot on its disk.
+        file, expected, snapshot = path.with_name(f"{path.name}.checksum"), "", seen[0]
+        with suppress(OSError, ValueError, UsageProblem):
+            expected = readable_bytes(file).decode("ascii").strip().lower()
+        if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != member.sha256:
+            raise BackupDamaged(f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited")
+        if snapshot.absent_shards:
+            shard = snapshot.absent_shards[0]
+            raise BackupDamaged(f"{path} holds no points of shard {shard}: they were on another Qdrant node")
         counted, _ = copies.counted(lambda: _count(copies.segments[0]))
     facts = bare_facts(path, target.collection, target.spec, snapshot, member)
     archive = ArchiveFacts(facts, (member,), _UNKNOWN if counted is None else counted)
     return CollectionBackup(path, archive, snapshot, bare=True)
-
-
-def _inspected(path: Path, copies: SegmentCopies) -> tuple[SnapshotMember, SnapshotFacts]:
-    seen: list[SnapshotFacts] = []
-    try:
-        with path.open("rb") as stream:
-            member = read_snapshot(path.name, stream, lambda one: seen.append(copies.inspect(one)))
-    except BackupDamaged as error:
-        raise BackupDamaged(f"{path}: {error}", next_step=error.next_step) from error
-    file, expected = path.with_name(f"{path.name}.checksum"), ""  # which a server keeps next to a snapshot on its disk
-    with suppress(OSError, ValueError, UsageProblem):
-        expected = readable_bytes(file).decode("ascii").strip().lower()
-    if re.fullmatch(r"[0-9a-f]{64}", expected) and expected != member.sha256:
-        raise BackupDamaged(f"{path} does not have the sha256 that {file.name} gives: it was damaged or edited")
-    if seen[0].absent_shards:
-        shard = seen[0].absent_shards[0]
-        raise BackupDamaged(f"{path} holds no points of shard {shard}: they were on another Qdrant node")
-    return member, seen[0]
 
 
 def _count(files: SegmentFiles) -> int | None:

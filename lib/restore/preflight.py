@@ -158,8 +158,7 @@ def _loaded(
         from lib.restore.automem_backup import open_graph
 
         return stack.enter_context(open_graph(file.automem, site.graph, site.engines, stop))
-    opened = graphs.open_rdb(file.path, site.graph, site.engines, file.component, stop)
-    return stack.enter_context(opened), None
+    return stack.enter_context(graphs.open_rdb(file.path, site.graph, site.engines, file.component, stop)), None
 
 
 def _left_out_of(site: Site, source: AutoMemFile, facts: GraphFacts, points: int) -> list[str]:
@@ -195,10 +194,7 @@ def _warn_left_out(site: Site, backup: GraphBackup, component: GraphComponent | 
 
 
 def require_quiet(site: Site, backup: GraphBackup) -> None:
-    """Refuse to replace the graph while AutoMem may run: its caches would write values under wrong names.
-
-    With --while-running it is refused only if labels, relationship types or property keys differ, or their order.
-    """
+    """Refuse to replace the graph while AutoMem may run; with --while-running only if names or their order differ."""
     answer, url, address = ask_health(site.api), without_login(site.api.url), backup.target.address
     if answer.presence == "unresolved":
         hint = container_hint(urlsplit(url).hostname or "", "AUTOMEM_API_URL=http://localhost:8001").strip()
@@ -207,7 +203,7 @@ def require_quiet(site: Site, backup: GraphBackup) -> None:
             f" Make sure that AutoMem is stopped, wherever it runs{f'; {hint}' if hint else ''}"
         )
     elif answer.presence != "absent":
-        _require_same_numbers(site, backup, _may_run(answer, url))
+        _refuse_running(site, backup, answer)
     elif answer.seen:
         site.notice(
             f"warning: another service than AutoMem answers at {url} ({answer.seen}): make sure that AutoMem is"
@@ -224,18 +220,15 @@ def require_still_quiet(site: Site, backup: GraphBackup) -> None:
     """`require_quiet` right before a cutover: AutoMem may have been started during the trial restores."""
     answer = ask_health(site.api)
     if answer.presence in {"running", "silent"}:
-        text = f"AutoMem was started meanwhile: {_may_run(answer, without_login(site.api.url))}"
-        _require_same_numbers(site, backup, text)
+        _refuse_running(site, backup, answer, "AutoMem was started meanwhile: ")
 
 
-def _may_run(answer: HealthAnswer, url: str) -> str:
-    how = f"is running ({url} answers)" if answer.health else f"may be running ({url}: {answer.seen})"
-    return f"AutoMem {how}: after the graph is replaced its caches would write values under wrong names"
-
-
-def _require_same_numbers(site: Site, backup: GraphBackup, text: str) -> None:
-    """Raise UsageProblem with this text; with --while-running only if names have other numbers in the backup."""
+def _refuse_running(site: Site, backup: GraphBackup, answer: HealthAnswer, before: str = "") -> None:
+    """Raise UsageProblem; with --while-running only if names have other numbers in the backup."""
     if not site.while_running:
+        url = without_login(site.api.url)
+        how = f"is running ({url} answers)" if answer.health else f"may be running ({url}: {answer.seen})"
+        text = f"{before}AutoMem {how}: after the graph is replaced its caches would write values under wrong names"
         raise UsageProblem(text, next_step=_STOP_AUTOMEM)
     if backup.target.graph in list_graphs(backup.target.conn):
         graphs.require_same_numbers(backup)

@@ -17,7 +17,7 @@ from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph, write_calls
 from lib.clients.qdrant.collection import health
 from lib.clients.qdrant.restoring import delete_with_snapshots
-from lib.concurrency import BackgroundTask, Progress, ProgressBar
+from lib.concurrency import BackgroundTask, Progress
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable
 from lib.journal import Journal, open_journals, start_journal
 from lib.restore import collection as collections
@@ -59,30 +59,7 @@ class _Leftovers:
 
 
 _GraphTrial = tuple[bytes | None, Newer | None]  # the payload to swap in, and what is newer; None: not restored
-_Calls = dict[str, object] | None  # what `write_calls` returns
-
-
-@dataclass(frozen=True)
-class _RunningTrials:
-    """Both trial restores in the background."""
-
-    graph: BackgroundTask[_GraphTrial]
-    collection: BackgroundTask[Newer | None]
-
-    def result(self) -> tuple[bytes | None, Newer | None, Newer | None]:
-        """Wait for their ends. Returns the graph's payload, and the newer memories and points of the live stores."""
-        points = self.collection.result()
-        return *self.graph.result(), points
-
-    def watching(self, bar: ProgressBar) -> ProgressBar:
-        """Wrap `bar` for the main thread: a trial's error is raised as soon as there is one."""
-
-        @contextmanager
-        def watched(title: str, total: int | None, unit: str) -> Iterator[Progress]:
-            with bar(title, total, unit) as progress:
-                yield self.graph.watching(self.collection.watching(progress))
-
-        return watched
+_Trials = tuple[BackgroundTask[_GraphTrial], BackgroundTask[Newer | None]]
 
 
 def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
@@ -92,12 +69,15 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
     try:
         left = _clean_up_killed_runs(site, files, journal)
         calls = write_calls(site.graph.conn) if site.graph else None
-        with _trial_restores(site, files, journal) as running:
-            if left.journals:
-                running.result()  # until then one of the graphs that killed runs left may be needed
+        with _trial_restores(site, files, journal) as trials:
+            graph_trial, collection_trial = trials
+            if left.journals:  # until then one of the graphs that killed runs left may be needed
+                collection_trial.result()
+                graph_trial.result()
             notes = [*left.notes, *_clean_up_graphs(site, left)]
-            safety = _safety_backup(site, files, journal, running) if site.safety else None
-            payload, memories, points = running.result()
+            safety = _safety_backup(site, files, journal, trials) if site.safety else None
+            points = collection_trial.result()
+            payload, memories = graph_trial.result()
         if files.plan:
             journal.append(collections.TRIAL_VERIFIED)
         if files.graph:
@@ -151,11 +131,7 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
 
 
 def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
-    """Clean up the graphs that killed restores left, after this run's trials: until then one of them may be needed.
-
-    Closes the journals of which nothing is left. A journal stays open if it names something in a store that this run
-    does not open.
-    """
+    """Clean up killed restores' graphs, after this run's trials, which may need one; close finished journals."""
     notes = []
     for journal in left.journals:
         if site.graph:
@@ -182,7 +158,7 @@ def _is_clean(journal: Journal) -> bool:
 
 
 @contextmanager
-def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Iterator[_RunningTrials]:
+def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Iterator[_Trials]:
     """Run the trial restores while the block takes the safety backup. Only the block writes to the journal."""
     graph, plan = files.graph, files.plan
     name = graphs.begin_trial(graph, journal) if graph else ""
@@ -203,10 +179,10 @@ def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Itera
         return newer_points(plan)
 
     with BackgroundTask(restore_graph) as first, BackgroundTask(restore_collection) as second:
-        yield _RunningTrials(first, second)
+        yield first, second
 
 
-def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _RunningTrials) -> Manifest | None:
+def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _Trials) -> Manifest | None:
     """Back up what is about to be replaced, if it exists. A failed collection cannot be read."""
     graph = files.graph.target if files.graph else None
     collection = files.plan.target if files.plan else None
@@ -216,10 +192,16 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
         if state == "failed":
             site.say(f"'{collection.collection}' has failed and cannot be read: nothing of it can be backed up")
         collection = None
+
+    @contextmanager
+    def bar(title: str, total: int | None, unit: str) -> Iterator[Progress]:
+        """Raise a trial's error as soon as there is one."""
+        with site.bar(title, total, unit) as progress:
+            yield trials[0].watching(trials[1].watching(progress))
+
     safety = None
     if graph or collection:
         site.say("safety backup of the current state")
-        bar = trials.watching(site.bar)
         safety = take_backup(graph, collection, site.engines, journal, bar, purpose=SAFETY)
     journal.append(graphs.SAFE, manifest=safety.name if safety else None)
     return safety
@@ -282,7 +264,12 @@ def _collection_named(files: VerifiedFiles, again: str, undo: str) -> Iterator[N
 
 
 def _cut_over_graph(
-    site: Site, files: VerifiedFiles, payload: bytes | None, journal: Journal, undo: str, calls: _Calls
+    site: Site,
+    files: VerifiedFiles,
+    payload: bytes | None,
+    journal: Journal,
+    undo: str,
+    calls: dict[str, object] | None,
 ) -> Path | None:
     """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
 

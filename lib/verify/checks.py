@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lib.backup.collection import CollectionSource, stamp_of
 from lib.backup.graph import GraphSource
@@ -27,21 +28,8 @@ from lib.concurrency import Progress, ProgressBar
 from lib.dimensions import OPENAI, EmbeddingSpec, check_dimension, is_model_of, model_settings, provider_of
 from lib.errors import MigrationError, listed, one_line
 from lib.network import without_login
-from lib.verify.compare import (
-    ONLY_MISSING,
-    OTHER_MODEL,
-    REPLACE_ALL,
-    SAME_MODEL_COSINE,
-    Differences,
-    Findings,
-    Sample,
-    compare_stores,
-    cosine,
-    different_vectors,
-)
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
+from lib.verify import compare
+from lib.verify.compare import ONLY_MISSING, REPLACE_ALL, SAME_MODEL_COSINE, Findings, Sample, compare_stores, cosine
 
 PASSED, FAILED, PENDING, SKIPPED = "passed", "FAILED", "restart pending", "not checked"
 _EXAMPLES = 3
@@ -144,11 +132,7 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
-    """The comparison of both stores as checks: ids, orphan points, content, payloads.
-
-    What was written after the migration is pending until the restart. Without a plan (an embedding cache) nothing is
-    known to be newer, so that every difference is a failure.
-    """
+    """Both stores compared. What is newer than the migration is pending until the restart; without a plan it failed."""
     exempt = f"{found.exempt} exempt (no text, unusable or repeated id)"
     equal = "equal to the graph, nothing of the old points lost"
     if found.recalled:
@@ -157,7 +141,7 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
     # name, what differs, detail if nothing does, what is wrong, what is pending
     rows = (
         ("ids", found.missing, f"{found.expected} memories, {exempt}", "memories have no point", newer),
-        ("orphan points", Differences(found.orphans), "none", "have no memory", ""),
+        ("orphan points", compare.Differences(found.orphans), "none", "have no memory", ""),
         ("content", found.contents, "equal to the graph", "points hold another content", changed),
         ("payloads", found.payloads, equal, "differ from the graph or the old points", changed),
     )
@@ -188,20 +172,22 @@ def read_points(
     existing: TemporaryIdTable,
     progress: Progress,
 ) -> Check:
-    """Read every point once: add its payload to `existing`, and check its vector.
-
-    The vector has the width of `spec`, is finite, not zero, and equal to the embedding cache's if the cache has it.
-    """
+    """Read every point once into `existing`; check its vector: width, finite, not zero, the cache's if that has it."""
     unusable: list[PointId] = []
     different: list[PointId] = []
     known = total = 0
     for page in all_points(qdrant, state.name, page=max(1, _NUMBERS_AT_ONCE // spec.size), vector=True):
         existing.put((point.id, point.payload) for point in page)
-        usable = _usable_points(page, spec.size)
+        sized = [point for point in page if point.vector is not None and len(point.vector) == spec.size]
+        usable = list[Point]()
+        if sized:
+            vectors = np.vstack([point.vector for point in sized if point.vector is not None])
+            are_usable = np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
+            usable = [point for point, is_usable in zip(sized, are_usable, strict=True) if is_usable]
         if len(usable) < len(page):
             unusable += [point.id for point in page if point not in usable]
         if cache:
-            found, differing = different_vectors(usable, cache, spec, state)
+            found, differing = compare.different_vectors(usable, cache, spec, state)
             known += found
             different += [point.id for point, _ in differing]
         total += len(page)
@@ -210,15 +196,6 @@ def read_points(
         what = "unusable (width, zero or not finite)" if unusable else "not the model's for their content"
         return Check("vectors", FAILED, f"{len(wrong)} are {what}: {_some(wrong)}", REPLACE_ALL)
     return Check("vectors", PASSED, f"{total} of {spec.size}d, {known} equal to the embedding cache's")
-
-
-def _usable_points(page: list[Point], size: int) -> list[Point]:
-    sized = [point for point in page if point.vector is not None and len(point.vector) == size]
-    if not sized:
-        return []
-    vectors = np.vstack([point.vector for point in sized if point.vector is not None])
-    usable = np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1))
-    return [point for point, good in zip(sized, usable, strict=True) if good]
 
 
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:
@@ -282,11 +259,7 @@ def check_recall_direct(source: CollectionSource, cache: EmbeddingCache, samples
 def check_provider(
     stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample], *, restored: bool
 ) -> Check:
-    """Compare vectors that AutoMem made of memories `since` the migration, the newest first, with the provider's.
-
-    The newest shows which model AutoMem embeds with, the others whether it used another one before. `restored`:
-    whether a restore has replaced the migration's collection.
-    """
+    """Compare vectors that AutoMem made `since` the migration with the provider's; the newest shows its model now."""
     spec, name = stores.collection.spec, "AutoMem's model"
     model = f"{spec.model} of {spec.provider}"
     believed = f"{model}, {stores.reason}" if stores.reason else model
@@ -381,7 +354,7 @@ def verify(
     checks += [*check_findings(found, have_plan=planned is not None, after_restart=after_restart), vectors]
     checks.append(check_provider(stores, state, cache, [one for _, one in found.since], restored=restored))
     if last and {vectors.status, checks[-1].status} & {FAILED, PENDING}:
-        cache.set_meta(OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
+        cache.set_meta(compare.OTHER_MODEL, last.run_id)  # --only-missing replaces these vectors
     try:
         checks += _recall_checks(stores, cache, found.samples, after_restart=after_restart)
     except MigrationError as error:  # the results of all other checks are shown
@@ -399,8 +372,7 @@ def _recall_checks(stores: Stores, cache: EmbeddingCache, samples: list[Sample],
         if after_restart:
             return [Check("recall", FAILED, why, START_AUTOMEM)]
         return [check_recall_direct(source, cache, samples, why)]
-    points = count(source.qdrant, source.collection)
-    mismatch = check_service(answer.health, source.spec, stores.graph.graph, points)
+    mismatch = check_service(answer.health, source.spec, stores.graph.graph, count(source.qdrant, source.collection))
     return [mismatch] if mismatch else check_recall(stores.api, samples)
 
 

@@ -6,10 +6,11 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from lib.backup.graph import GraphSource
 from lib.backup.points import TemporaryIdTable, base_payload, identical, merged_payload, orphan_ids, point_id, unusable
@@ -20,9 +21,6 @@ from lib.clients.qdrant.collection import DATATYPES, FLOAT16, FLOAT32, TURBO4, U
 from lib.clients.qdrant.points import Point, PointId
 from lib.concurrency import Progress, read_ahead
 from lib.dimensions import EmbeddingSpec
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _PAGE = 500
 _NEWEST, _SAMPLED = 3, 8
