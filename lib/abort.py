@@ -104,9 +104,11 @@ def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None
 
 
 def _refused(name: str, journal: Journal, again: str) -> GuardRefused:
-    why = f"deleted the collection '{name}', and no complete one has replaced it: nothing was removed"
-    step = f"finish the run:\n{journal.fact('again') or again}\nor undo it:\n{journal.undo}"
-    return GuardRefused(f"run {journal.run_id} {why}", next_step=step)
+    return GuardRefused(
+        f"run {journal.run_id} deleted the collection '{name}', and no complete one has replaced it:"
+        " nothing was removed",
+        next_step=f"finish the run:\n{journal.fact('again') or again}\nor undo it:\n{journal.undo}",
+    )
 
 
 def abort(config: Config, console: Console, command: str) -> int:

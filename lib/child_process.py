@@ -93,12 +93,18 @@ def scratch_folder(prefix: str) -> Iterator[ScratchFolder]:
     system = Path(tempfile.gettempdir())
     state = system.stat()
     if replaceable_by_others(state):
-        where = f"the folder for temporary files {system} (uid {state.st_uid}, mode {state.st_mode & 0o7777:o})"
-        step = "export TMPDIR=/tmp\nor to another folder that is yours, or sticky (mode 1777)"
-        raise UsageProblem(f"other users could replace files in {where}", next_step=step)
+        raise UsageProblem(
+            f"other users could replace files in the folder for temporary files {system} (uid {state.st_uid},"
+            f" mode {state.st_mode & 0o7777:o})",
+            next_step="export TMPDIR=/tmp\nor to another folder that is yours, or sticky (mode 1777)",
+        )
     folder = system / f"{prefix}{secrets.token_hex(4)}"
-    command = ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)]
-    watchdog = subprocess.Popen(command, stdin=subprocess.PIPE, env=child_environment(), start_new_session=True)
+    watchdog = subprocess.Popen(
+        ["/bin/sh", "-c", _WATCHDOG, "sh", str(folder)],
+        stdin=subprocess.PIPE,
+        env=child_environment(),
+        start_new_session=True,
+    )
     assert watchdog.stdin is not None
     try:
         folder.mkdir(mode=0o700)

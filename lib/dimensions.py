@@ -157,10 +157,11 @@ def check_dimension(collection: str, actual: int, configured: int) -> None:
     """Raise DimensionMismatch if the sizes differ; stderr then starts with its ValueError, as AutoMem's guide says."""
     if actual == configured:
         return
-    sizes = f"Qdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d"
-    step = f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
-    step += "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py"
-    raise DimensionMismatch(f"VECTOR DIMENSION MISMATCH\n{sizes}", next_step=step)
+    raise DimensionMismatch(
+        f"VECTOR DIMENSION MISMATCH\nQdrant collection '{collection}': {actual}d\nConfig VECTOR_SIZE: {configured}d",
+        next_step=f"keep the collection:\nexport VECTOR_SIZE={actual}\n"
+        "or migrate it:\npython scripts/backup_automem.py && python scripts/reembed_embeddings.py",
+    )
 
 
 def public_url(base_url: str) -> str:
@@ -304,9 +305,11 @@ def _other_choice(settings: Mapping[str, Setting], ours: EmbeddingChoice, size: 
     steps = [f"in {file}:", *(f"  {line}" for line in _lines(ours))]
     if theirs.provider in _NAMES:
         steps += ["or here:", f"export {' '.join(_lines(theirs))}"]
-    text = f"AutoMem will use {_named(theirs)}, because {theirs.reason}.\n"
-    text += f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing"
-    return UsageProblem(text, next_step="\n".join(steps))
+    return UsageProblem(
+        f"AutoMem will use {_named(theirs)}, because {theirs.reason}.\n"
+        f"These settings choose {_named(ours)}, because {ours.reason}: recall would find nothing",
+        next_step="\n".join(steps),
+    )
 
 
 def _lines(choice: EmbeddingChoice) -> list[str]:

@@ -55,8 +55,10 @@ def env_files(
             path.stat()
         except PermissionError as error:
             found.remove(path)
-            remedy = "if that is another user's home, export HOME=$(getent passwd $(id -u) | cut -d: -f6)"
-            faults.append(f"{path} cannot be read: {error.strerror}. HOME is {home}: {remedy}")
+            faults.append(
+                f"{path} cannot be read: {error.strerror}. HOME is {home}: if that is another user's home,"
+                " export HOME=$(getent passwd $(id -u) | cut -d: -f6)"
+            )
         except OSError:  # it is missing
             pass
     named = env_file or environ.get("AUTOMEM_ENV_FILE")
@@ -67,9 +69,11 @@ def env_files(
         if not path.is_file():
             flag = "--env-file" if env_file else "AUTOMEM_ENV_FILE"
             faults.append(f"{flag} names {path}, which is not a file")
-    links = [path for path in dict.fromkeys(map(Path.absolute, found)) if path.is_symlink() and not path.exists()]
-    what = "which does not exist: link it again or remove it"
-    faults += [f"{path} is a link to {path.readlink()}, {what}" for path in links]
+    faults += [
+        f"{path} is a link to {path.readlink()}, which does not exist: link it again or remove it"
+        for path in dict.fromkeys(path.absolute() for path in found)
+        if path.is_symlink() and not path.exists()
+    ]
     files = dict.fromkeys(path.absolute() for path in found if path.is_file())
     return {path: path not in own for path in files}
 
@@ -85,8 +89,10 @@ def _glued(path: Path, lines: list[str], known: Mapping[str, str]) -> dict[int, 
         found = in_value.match(line) or in_comment.match(line)
         if found:
             what, name = "the comment" if found[1] == "#" else f"the line of {found[1]}", found[2]
-            why = f"the file had no final newline when {name} was appended"
-            faults[number] = f"{path}:{number}: {what} also holds {name}= ({why}): put {name} on a separate line"
+            faults[number] = (
+                f"{path}:{number}: {what} also holds {name}= (the file had no final newline when {name} was appended):"
+                f" put {name} on a separate line"
+            )
     return faults
 
 
@@ -119,8 +125,10 @@ def _trusted_text(path: Path, faults: list[str]) -> tuple[str, int]:
     owners = [path.lstat().st_uid, state.st_uid]  # of a link, and of its target
     strangers = [one for one in owners if one not in trusted_owners()]
     if strangers:
-        why = f"belongs to another user (uid {strangers[0]}), who could have your keys sent elsewhere"
-        faults.append(f"{path} {why}: remove it, or sudo chown $(id -un) {quote(str(path))}")
+        faults.append(
+            f"{path} belongs to another user (uid {strangers[0]}), who could have your keys sent elsewhere:"
+            f" remove it, or sudo chown $(id -un) {quote(str(path))}"
+        )
     elif state.st_mode & stat.S_IWOTH:
         faults.append(f"{path} may be written by every user of this machine: chmod o-w {quote(str(path))}")
     elif "\0" in text:

@@ -39,8 +39,10 @@ class ConfigError(UsageProblem):
         self.faults = list(faults)
         count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
-        step = "correct this, then look at all settings:\npython scripts/backup_automem.py --show-config"
-        super().__init__(f"the configuration has {count}:\n{lines}", next_step=step)
+        super().__init__(
+            f"the configuration has {count}:\n{lines}",
+            next_step="correct this, then look at all settings:\npython scripts/backup_automem.py --show-config",
+        )
 
 
 class DimensionMismatch(UsageProblem, ValueError):

@@ -144,9 +144,11 @@ def readable_bytes(path: Path) -> bytes:
     try:
         return read_regular(path, _LARGEST)[0]
     except NotRegular:
-        text = f"{path} was not written by these scripts: it is not a regular file, or too large for one"
-        step = f"find out where it comes from, then move it out of the backup folder:\nmv {quote(str(path))} /tmp/"
-        raise UsageProblem(text, next_step=step) from None
+        raise UsageProblem(
+            f"{path} was not written by these scripts: it is not a regular file, or too large for one",
+            next_step="find out where it comes from, then move it out of the backup folder:\n"
+            f"mv {quote(str(path))} /tmp/",
+        ) from None
     except PermissionError as error:
         text = f"cannot write to the folder {path.parent}: {path.name}: {error.strerror}"
         raise UsageProblem(text, next_step=_another_folder(path.parent)) from error
@@ -244,9 +246,11 @@ def _require_lock_folder(folder: Path) -> None:
     """Raise UsageProblem if another user could remove a held lock file: then two runs could hold the lock."""
     state = folder.resolve().lstat()
     if not stat.S_ISDIR(state.st_mode) or replaceable_by_others(state):
-        whose, shown = f"it belongs to uid {state.st_uid} with mode {state.st_mode & 0o7777:o}", quote(str(folder))
-        text = f"no lock in {folder} would hold: {whose}, so others may remove what is in it"
-        raise UsageProblem(text, next_step=f"sudo chown root {shown} && sudo chmod 1777 {shown}")
+        raise UsageProblem(
+            f"no lock in {folder} would hold: it belongs to uid {state.st_uid} with mode {state.st_mode & 0o7777:o},"
+            " so others may remove what is in it",
+            next_step=f"sudo chown root {quote(str(folder))} && sudo chmod 1777 {quote(str(folder))}",
+        )
 
 
 def _open_lock_file(path: Path) -> IO[bytes]:

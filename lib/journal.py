@@ -171,9 +171,10 @@ def read_journal(path: Path) -> Journal | None:
         return None
     journal = Journal(path, entries)
     for fault in _faults(journal):
-        text = f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it"
-        step = f"find out where it is from, then move it out of the backup folder:\nmv {quote(str(path))} /tmp/"
-        raise BadFile(text, next_step=step)
+        raise BadFile(
+            f"{path} was not written by these scripts: {fault}. Nothing is removed or restored by it",
+            next_step=f"find out where it is from, then move it out of the backup folder:\nmv {quote(str(path))} /tmp/",
+        )
     return journal
 
 
@@ -210,5 +211,7 @@ def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
     """
     require_readable(folder)
     found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
-    unreadable = [path for path, journal in found.items() if journal is None and path.stat().st_size]
-    return [journal for journal in found.values() if journal is not None and journal.is_open], unreadable
+    return (
+        [journal for journal in found.values() if journal is not None and journal.is_open],
+        [path for path, journal in found.items() if journal is None and path.stat().st_size],
+    )

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from lib.env_files import Setting
     from lib.journal import Journal
 
-_WHICH_MODEL = "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not record:"
-_WHICH_MODEL += " with another one recall finds nothing"
+_WHICH_MODEL = (
+    "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not record: with another one"
+    " recall finds nothing"
+)
 _SCRIPTS = {"backup": "backup_automem.py", "restore": "restore_from_backup.py"}
 _SCRIPTS |= dict.fromkeys(("reembed", "spot_check"), "reembed_embeddings.py")
 

@@ -132,9 +132,11 @@ class EmbeddingCache(CacheFile):
         if damaged:
             with self.transaction():
                 self.db.executemany("DELETE FROM vectors WHERE key = ?", damaged)
-            why = f"were damaged on the disk (wrong checksum): {len(damaged)}, which were removed"
-            step = "check that disk, then run the same command again: only these texts are paid for again"
-            raise CacheDamaged(f"embeddings in {self.vectors_path} {why}", next_step=step)
+            raise CacheDamaged(
+                f"embeddings in {self.vectors_path} were damaged on the disk (wrong checksum): {len(damaged)}, which"
+                " were removed",
+                next_step="check that disk, then run the same command again: only these texts are paid for again",
+            )
         return found
 
     def forget_planned(self) -> int:

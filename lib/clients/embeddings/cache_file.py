@@ -190,11 +190,11 @@ class CacheFile:
         """Raise MigrationError if the disk has no room for `texts` more vectors of `size` dimensions."""
         needed, free = room_of(texts, size), free_bytes(self.vectors_path)
         if needed > free:
-            folder, larger = self.vectors_path.parent, "name a folder on a larger disk with --backup-dir"
-            why = f"they need {needed / 2**20:,.0f} MiB below {folder}, {free / 2**20:,.0f} MiB are free"
             raise MigrationError(
-                f"no room for {texts:,} embeddings of {size}d: {why}; what does not fit is not embedded",
-                next_step=f"free some room, or {larger}:\ndf -h {quote(str(folder))}\nthen run the same command again",
+                f"no room for {texts:,} embeddings of {size}d: they need {needed / 2**20:,.0f} MiB below"
+                f" {self.vectors_path.parent}, {free / 2**20:,.0f} MiB are free; what does not fit is not embedded",
+                next_step="free some room, or name a folder on a larger disk with --backup-dir:\n"
+                f"df -h {quote(str(self.vectors_path.parent))}\nthen run the same command again",
             )
 
     def close(self) -> None:
@@ -322,9 +322,10 @@ def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
             cache.db.execute("ATTACH DATABASE ? AS other", [str(plan)])
             try:
                 if not cache.is_of_this_version("other"):
-                    why = "is no plan of this version of the tool: what it needs is unknown, nothing is removed"
-                    step = f"move it away, then run the same command again:\n{moved(plan, '.old')}"
-                    raise CacheDamaged(f"{plan} {why}", next_step=step)
+                    raise CacheDamaged(
+                        f"{plan} is no plan of this version of the tool: what it needs is unknown, nothing is removed",
+                        next_step=f"move it away, then run the same command again:\n{moved(plan, '.old')}",
+                    )
                 cache.db.execute("INSERT OR IGNORE INTO temp.needed SELECT key FROM other.memories")
             finally:
                 cache.db.execute("DETACH DATABASE other")

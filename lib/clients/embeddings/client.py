@@ -89,8 +89,10 @@ class Provider:
                 event_hooks=httpx_hooks(_HEAD_BYTES, _TIMES * self._read_timeout),
             )
         except ImportError as error:
-            text, step = f"{PROXIES} names a SOCKS proxy, which needs other Python packages", f"{INSTALL_SOCKS} socksio"
-            raise UsageProblem(text, next_step=f"{step}\nor unset the variable") from error
+            raise UsageProblem(
+                f"{PROXIES} names a SOCKS proxy, which needs other Python packages",
+                next_step=f"{INSTALL_SOCKS} socksio\nor unset the variable",
+            ) from error
 
     def send(self, texts: Sequence[str]) -> tuple[Mapping[str, str], bytes]:
         """Headers and body of a 200. Raises RateLimited, Transient, BadInput or ProviderRefused for any other."""
@@ -179,9 +181,11 @@ class LocalModel:
             try:
                 return {}, list(model.embed(list(texts)))
             except Exception as error:  # see _load
-                step = "free some memory, or use --batch-size 1; if that does not help, move the model's folder away"
-                step += f", so that it is downloaded again:\nls {quote(str(self._models_dir))}\n{AGAIN}"
-                raise ProviderRefused(f"{self.name} failed: {one_line(str(error))}", next_step=step) from error
+                raise ProviderRefused(
+                    f"{self.name} failed: {one_line(str(error))}",
+                    next_step="free some memory, or use --batch-size 1; if that does not help, move the model's folder"
+                    f" away, so that it is downloaded again:\nls {quote(str(self._models_dir))}\n{AGAIN}",
+                ) from error
 
     def opened(self, _texts: Sequence[str], _headers: Mapping[str, str], rows: Any) -> dict[str, Any]:
         """The vectors in the form of an answer of OpenAI's API. They cost no tokens."""
@@ -206,10 +210,12 @@ class LocalModel:
             self._models_dir.mkdir(parents=True, exist_ok=True)
             return TextEmbedding(model_name=self._spec.model, cache_dir=str(self._models_dir))
         except Exception as error:  # onnxruntime and tokenizers raise classes that share no other base
-            text = f"{self._spec.model} could not be loaded from {self._models_dir}, nor downloaded into it"
-            step = "connect to the network, or name the folder into which AutoMem downloaded the model:\n"
-            step += "export AUTOMEM_MODELS_DIR=...\nthen run the same command again"
-            raise UsageProblem(f"{text}: {one_line(str(error))}", next_step=step) from error
+            raise UsageProblem(
+                f"{self._spec.model} could not be loaded from {self._models_dir}, nor downloaded into it:"
+                f" {one_line(str(error))}",
+                next_step="connect to the network, or name the folder into which AutoMem downloaded the model:\n"
+                "export AUTOMEM_MODELS_DIR=...\nthen run the same command again",
+            ) from error
 
 
 FIRST_CONTACT_SECONDS = 60.0  # the time limit for an endpoint that has never answered
@@ -346,9 +352,10 @@ class EmbeddingClient:
             if wait <= self._max_wait and waited < self._max_wait:
                 return None
             allowed = f" (the next request is allowed in {wait:,.0f} s)" if wait > self._max_wait else ""
-            text = f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error}){allowed}"
-            step = f"wait for off-peak hours, raise the provider's limits, or lower --batch-size,\n{AGAIN}"
-            return ProviderRefused(text, next_step=step)
+            return ProviderRefused(
+                f"Rate limit exceeded during re-embedding ({self.provider}, for {seconds:.0f} s: {error}){allowed}",
+                next_step=f"wait for off-peak hours, raise the provider's limits, or lower --batch-size,\n{AGAIN}",
+            )
         first_contact = self._last_answer is None
         timeout = min(FIRST_CONTACT_SECONDS, self._max_wait) if first_contact else self._max_wait
         if seconds < timeout and failures < FAILURES_BEFORE_SPLIT:

@@ -116,11 +116,19 @@ def connect(address: GraphAddress, timeout_seconds: float = 10.0) -> redis.Redis
     A reply that is too large raises StoreFailed. Nothing is sent twice that may have been executed: redis-py's
     own retries would repeat writes. Raises StoreUnreachable, AccessRefused.
     """
-    options: dict[str, Any] = {"host": address.host, "port": address.port, "protocol": 2}
-    options |= {"unix_socket_path": address.unix_socket or None, "ssl": address.tls and not address.unix_socket}
-    options |= {"username": address.username or None, "password": address.password or None}
-    options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
-    options |= {"socket_connect_timeout": timeout_seconds, "retry": Retry(NoBackoff(), 0)}
+    options: dict[str, Any] = {
+        "host": address.host,
+        "port": address.port,
+        "ssl": address.tls and not address.unix_socket,
+        "unix_socket_path": address.unix_socket or None,
+        "username": address.username or None,
+        "password": address.password or None,
+        "socket_connect_timeout": timeout_seconds,
+        "socket_keepalive": True,
+        "socket_keepalive_options": _KEEPALIVE,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
     probe = redis.Redis(**options, socket_timeout=timeout_seconds)
     _bound(probe, _PROBE_BYTES, timeout_seconds)
     with translated(probe), contextlib.closing(probe):
@@ -144,8 +152,10 @@ def save_failure(conn: redis.Redis) -> str:
     failed = " and ".join(what for name, what in checked.items() if state.get(name, "ok") != "ok")
     if not failed:
         return ""
-    then = "It may refuse every write until its disk has room again; a backup can still read it"
-    return f"FalkorDB at {address_of(conn)} cannot save its data: {failed} failed. {then}"
+    return (
+        f"FalkorDB at {address_of(conn)} cannot save its data: {failed} failed. It may refuse every write until its"
+        " disk has room again; a backup can still read it"
+    )
 
 
 def info(conn: redis.Redis, section: str) -> dict[str, Any]:
@@ -190,16 +200,20 @@ def _as_migration_error(error: redis.exceptions.RedisError, where: str) -> Migra
 
 def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> StoreFailed:
     if isinstance(error, redis.exceptions.MovedError):
-        node = f"{error.host}:{error.port}"
-        text = f"FalkorDB at {where} is a node of a redis cluster, and another node holds this graph: {node}"
-        return StoreFailed(text, next_step=f"set FALKORDB_HOST and FALKORDB_PORT to {node}")
+        return StoreFailed(
+            f"FalkorDB at {where} is a node of a redis cluster, and another node holds this graph:"
+            f" {error.host}:{error.port}",
+            next_step=f"set FALKORDB_HOST and FALKORDB_PORT to {error.host}:{error.port}",
+        )
     if text.startswith("BUSY "):
         step = "wait until the script ends, or end it (in redis-cli: SCRIPT KILL), then run the same command again"
         return StoreFailed(f"FalkorDB at {where} is busy with a script: {text}", next_step=step)
     if _QUEUE_FULL in text:
-        step = "run this at a quieter hour, or raise the server's limit, in redis-cli:\n"
-        step += "GRAPH.CONFIG SET MAX_QUEUED_QUERIES 100"
-        return StoreFailed(f"FalkorDB at {where} has refused a query for a minute: {text}", next_step=step)
+        return StoreFailed(
+            f"FalkorDB at {where} has refused a query for a minute: {text}",
+            next_step="run this at a quieter hour, or raise the server's limit, in redis-cli:\n"
+            "GRAPH.CONFIG SET MAX_QUEUED_QUERIES 100",
+        )
     if isinstance(error, redis.exceptions.InvalidResponse) or "unknown command 'GRAPH." in text:
         why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
         why = "it is a redis without the module" if "unknown command" in text else why
@@ -312,9 +326,10 @@ def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:
     if not _in_cluster(conn) or re.match(r"[^{]*\{[^}]+\}", graph):
         return name
     if "}" in graph:
-        text = f"FalkorDB at {address_of(conn)} is a redis cluster, and no other name can be in the slot of '{graph}'"
-        step = "restore into a graph without a '}' in its name, or into a FalkorDB that is not a cluster"
-        raise StoreFailed(text, next_step=step)
+        raise StoreFailed(
+            f"FalkorDB at {address_of(conn)} is a redis cluster, and no other name can be in the slot of '{graph}'",
+            next_step="restore into a graph without a '}' in its name, or into a FalkorDB that is not a cluster",
+        )
     return f"{{{graph}}}{name.removeprefix(graph)}"
 
 

@@ -28,10 +28,14 @@ _LINE_BYTES = 1 << 16
 _AGAIN = "run the same command again"
 _GRANT = "grant it (in redis-cli: ACL SETUSER <user> +psync +replconf); without it the graph is backed up with DUMP"
 # Of refusals that end some time: what they mean, and the next step.
-_READY = f"{_AGAIN} when it is ready"
-_LATER = {"LOADING": ("is still loading its data", _READY), "BUSY": ("is busy with a script", _READY)}
-_NEW_MASTER = f"if it is lost, make this server one (in redis-cli: REPLICAOF NO ONE), then {_AGAIN}"
-_NO_MASTER = ("is a replica that has lost its master; name the master instead", _NEW_MASTER)
+_LATER = {
+    "LOADING": ("is still loading its data", f"{_AGAIN} when it is ready"),
+    "BUSY": ("is busy with a script", f"{_AGAIN} when it is ready"),
+}
+_NO_MASTER = (
+    "is a replica that has lost its master; name the master instead",
+    f"if it is lost, make this server one (in redis-cli: REPLICAOF NO ONE), then {_AGAIN}",
+)
 _LATER |= {"NOMASTERLINK": _NO_MASTER, "MASTERDOWN": _NO_MASTER}
 
 Write = Callable[[bytes], object]

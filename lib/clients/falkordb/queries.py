@@ -33,8 +33,10 @@ IDS_PER_QUERY = 500
 _INDEX_COLUMNS = ("label", "entitytype", "properties", "types", "options", "language", "stopwords")
 _CONSTRAINT_COLUMNS = ("label", "entitytype", "type", "properties")
 _INDEXES = f"CALL db.indexes() YIELD {', '.join(_INDEX_COLUMNS)} RETURN {', '.join(_INDEX_COLUMNS)}"
-_CONSTRAINTS = f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
-_CONSTRAINTS += f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
+_CONSTRAINTS = (
+    f"CALL db.constraints() YIELD {', '.join(_CONSTRAINT_COLUMNS)}, status WHERE status <> 'FAILED'"
+    f" RETURN {', '.join(_CONSTRAINT_COLUMNS)}"
+)
 
 
 def plain_value(cell: list[Any]) -> Any:
@@ -142,13 +144,13 @@ def nodes(label: str = "") -> list[Window]:
 
 def relationships() -> list[Window]:
     """Return the windows over the relationships `r` from `n` to `m`: by source, by target, by their own id."""
-    sources = "MATCH (n)-[r]->(m) WHERE"
-    targets = f"{sources} id(n) = $source AND"
-    own = f"{targets} id(m) = $target AND"
+    pattern, pair = "MATCH (n)-[r]->(m) WHERE", "id(n) = $source AND id(m) = $target"
     return [
-        Window(f"{sources} id(n) >= $low AND id(n) < $high", "MATCH (n) WHERE id(n) >= $low", "source"),
-        Window(f"{targets} id(m) >= $low AND id(m) < $high", "MATCH (m) WHERE id(m) >= $low", "target"),
-        Window(f"{own} id(r) >= $low AND id(r) < $high", f"{own} id(r) >= $low"),
+        Window(f"{pattern} id(n) >= $low AND id(n) < $high", "MATCH (n) WHERE id(n) >= $low", "source"),
+        Window(
+            f"{pattern} id(n) = $source AND id(m) >= $low AND id(m) < $high", "MATCH (m) WHERE id(m) >= $low", "target"
+        ),
+        Window(f"{pattern} {pair} AND id(r) >= $low AND id(r) < $high", f"{pattern} {pair} AND id(r) >= $low"),
     ]
 
 
@@ -220,9 +222,11 @@ class _PageReader:
                 continue
             if rows is None:
                 if len(windows) == 1:
-                    why = "the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)"
-                    step = f"raise both limits, in redis-cli:\nGRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIMEOUT}"
-                    raise StoreFailed(f"graph '{self.graph}': {why}", next_step=step)
+                    raise StoreFailed(
+                        f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
+                        next_step="raise both limits, in redis-cli:\n"
+                        f"GRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIMEOUT}",
+                    )
                 yield from self.pages(windows[1:], {**fixed, window.id_name: low})
             elif rows:
                 yield rows

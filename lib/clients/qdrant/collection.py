@@ -96,10 +96,12 @@ def get_state(q: Qdrant, name: str) -> CollectionState:
         points = count(q, name)
     except NotFound:
         known = list_collections(q)
-        text = f"Qdrant at {q.display} has no collection '{name}'{did_you_mean(name, known)}"
-        step = "set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL\n"
-        step += "if the collection is lost: docs/worst-day.md"
-        raise MissingData(f"{text}; it has: {', '.join(known) or 'none'}", next_step=step) from None
+        raise MissingData(
+            f"Qdrant at {q.display} has no collection '{name}'{did_you_mean(name, known)}; it has:"
+            f" {', '.join(known) or 'none'}",
+            next_step="set QDRANT_COLLECTION to the collection's name, or correct QDRANT_URL\n"
+            "if the collection is lost: docs/worst-day.md",
+        ) from None
     size, distance, _ = vector_params(raw["config"]["params"].get("vectors") or {})
     optimizer = str(raw.get("optimizer_status"))
     is_ok = optimizer == "ok" or _OPTIMIZER_IDLE in optimizer
@@ -265,9 +267,11 @@ def refuse_alias(q: Qdrant, name: str) -> None:
     except AccessRefused:  # a key for one collection only cannot list aliases
         return
     if target:
-        text = f"'{name}' (QDRANT_COLLECTION) is an alias at {q.display}, of the collection '{target}'"
-        step = f"if that is the collection you mean:\nexport QDRANT_COLLECTION={quote(target)}"
-        raise UsageProblem(f"{text}; the name of a collection is needed here", next_step=step)
+        raise UsageProblem(
+            f"'{name}' (QDRANT_COLLECTION) is an alias at {q.display}, of the collection '{target}';"
+            " the name of a collection is needed here",
+            next_step=f"if that is the collection you mean:\nexport QDRANT_COLLECTION={quote(target)}",
+        )
 
 
 def restore_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
@@ -304,10 +308,11 @@ def refuse_foreign(raw_info: Json) -> None:
     unknown = [key for key, value in settings.items() if value is not None and key not in _KNOWN]
     found += [f"the setting config.{key}, which is not known here" for key in unknown]
     if found:
-        lines = "".join(f"\n  - {one}" for one in found)
-        step = "if it is not AutoMem's collection, correct QDRANT_COLLECTION; else back it up, then move what is listed"
-        step += " into another collection, or remove it:\npython scripts/backup_automem.py"
-        raise UsageProblem(f"the collection holds what a re-embed would not carry over:{lines}", next_step=step)
+        raise UsageProblem(
+            "the collection holds what a re-embed would not carry over:\n" + "\n".join(f"  - {one}" for one in found),
+            next_step="if it is not AutoMem's collection, correct QDRANT_COLLECTION; else back it up, then move what is"
+            " listed into another collection, or remove it:\npython scripts/backup_automem.py",
+        )
 
 
 def require_plain_vectors(state: CollectionState) -> None:

@@ -78,11 +78,12 @@ def upload_and_restore(
             return True
         except (NoAnswer, QdrantError) as error:
             if _is_mismatch(error):
-                text = f"the snapshot of '{collection}' that {q.display} received is not the one of the backup"
-                why = "the file was changed since it was verified, or damaged on the way"
-                step = "run the same command again; if it fails again, verify every backup:\n"
-                step += "python scripts/backup_automem.py --check all"
-                raise BackupDamaged(f"{text}: {why}", next_step=step) from error
+                raise BackupDamaged(
+                    f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file"
+                    " was changed since it was verified, or damaged on the way",
+                    next_step="run the same command again; if it fails again, verify every backup:\n"
+                    "python scripts/backup_automem.py --check all",
+                ) from error
             if form.left or not unanswered(error):
                 raise  # of a part the server restores nothing
     wait_restored(q, collection, seconds, process)

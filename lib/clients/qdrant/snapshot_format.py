@@ -298,8 +298,15 @@ class _Survey:
             if not named and vector is not None and vector != (size, distance):
                 raise _damaged(_SNAPSHOT, f"holds a segment of another size or distance in shard {shard}")
         indexes = _parse_json(self._texts.get("payload_index.json", b"{}"), "payload_index.json")
-        schema = dict(indexes.get("schema") or {})
-        return SnapshotFacts(size, distance, named, len(self._segments), shards, schema, config)
+        return SnapshotFacts(
+            size=size,
+            distance=distance,
+            vectors_named=named,
+            segments=len(self._segments),
+            shards=shards,
+            payload_schema=dict(indexes.get("schema") or {}),
+            config=config,
+        )
 
     def _shards(self, params: dict[str, Any]) -> dict[int, int]:
         held = [shard for shard, _ in self._segments]
