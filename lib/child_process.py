@@ -120,9 +120,10 @@ def physical_memory() -> int:
 
 
 def free_memory() -> int | None:
-    """Return the bytes that the kernel calls available, or that the control group leaves if less; None if not known.
+    """Return the bytes that the kernel calls available, or what this process's control group leaves if that is less.
 
-    https://docs.kernel.org/filesystems/proc.html, https://docs.kernel.org/admin-guide/cgroup-v2.html
+    None if neither is known (macOS). The files: https://docs.kernel.org/filesystems/proc.html and
+    https://docs.kernel.org/admin-guide/cgroup-v2.html.
     """
     known = [int(line.split()[1]) << 10 for line in _lines(_MEMINFO) if line.startswith("MemAvailable:")]
     limit, used = _lines(_CGROUPS / "memory.max"), _lines(_CGROUPS / "memory.current")

@@ -40,7 +40,8 @@ SETTING_NAMES = {
 class _Model(NamedTuple):
     """`native`: the size of an answer to a request that names none. `unit`: documented to be vectors of length 1.
 
-    `sizes` are the others that it is trained for: larger vectors, cut to one of them and scaled to length 1.
+    `sizes` are the others that the model is trained for: a larger vector of it, cut to one of them and scaled to
+    length 1, is its vector of that size.
     """
 
     native: int | None
@@ -64,7 +65,10 @@ _MODELS = {
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """Endpoint (it may hold a key), model and size decide a text's vector; `provider` names the protocol and limits."""
+    """The endpoint, model and size that decide a text's vector. The endpoint's URL may hold a login or a key.
+
+    Each provider has its own endpoint, so that `provider` decides nothing more: it names the protocol and its limits.
+    """
 
     base_url: str = field(repr=False)
     model: str

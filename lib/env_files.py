@@ -25,7 +25,10 @@ _RESEMBLANCE = 0.9  # VECTOR_SZE and VECTOR_SIZE: 0.95; QDRANT_GRPC_PORT and QDR
 
 @dataclass(frozen=True)
 class Setting:
-    """A value (perhaps a secret), its origin, the values that it hides in order, and whether AutoMem reads the file."""
+    """One value (not in reprs: it may be a secret), its origin, and the values that it takes precedence over, in order.
+
+    `automem`: AutoMem reads the file, too.
+    """
 
     value: str = field(repr=False)
     origin: str

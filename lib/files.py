@@ -61,7 +61,10 @@ def _another_folder(path: Path, remedy: str = "make this one yours:\nsudo chown 
 
 
 def _require_own(path: Path) -> None:
-    """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there."""
+    """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there.
+
+    A folder of the user's own that holds nothing yet, such as `backups/` of a new clone, is closed to others (0700).
+    """
     state = path.stat()
     is_empty = all(one.name == "README.md" or one.name.startswith(".") for one in path.iterdir())
     if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:  # such as `backups/` of a new clone
@@ -140,7 +143,10 @@ def read_regular(path: Path, limit: int) -> tuple[bytes, os.stat_result]:
 
 
 def readable_bytes(path: Path) -> bytes:
-    """Return a small file of the backup folder. Raises UsageProblem if it is not regular, too large or unreadable."""
+    """Return the content of a small file of the backup folder, which may have been copied from elsewhere.
+
+    Raises UsageProblem if it is not a regular file, is too large, or cannot be opened by this user.
+    """
     try:
         return read_regular(path, _LARGEST)[0]
     except NotRegular:
@@ -254,7 +260,11 @@ def _require_lock_folder(folder: Path) -> None:
 
 
 def _open_lock_file(path: Path) -> IO[bytes]:
-    """Open or make the lock file so that every user of the machine can lock it. Raises UsageProblem for other files."""
+    """Open or make the lock file so that every user of the machine can lock it. Raises UsageProblem for other files.
+
+    In a sticky folder Linux refuses O_CREAT on another user's file (fs.protected_regular), so an existing file is
+    opened without it.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         os.fchmod(descriptor, 0o666)
@@ -344,7 +354,10 @@ def lock_targets(
 
 
 class UsedFile:
-    """Declares a file as used, by many or by one alone, by a lock on `path`: one on the file could undo SQLite's."""
+    """Declares to other processes that a file is in use: by many at a time, or by one alone.
+
+    `path` is a lock file for it, made if missing: a lock on the used file itself could undo those that SQLite holds.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

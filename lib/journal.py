@@ -37,7 +37,10 @@ _ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
 
 
 class _Entry(msgspec.Struct):
-    """The fields of an entry that every version writes, or that name something to remove or to read."""
+    """The fields of an entry that every version writes, or that name something to remove or to read.
+
+    No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
+    """
 
     at: datetime
     phase: str

@@ -144,7 +144,11 @@ def encrypt(source: Path, target: Path, public_keys: list[Any]) -> None:
 
 
 def decrypt(chunks: Iterable[bytes], write: Callable[[bytes], object], private_keys: list[Any], name: str) -> None:
-    """Decrypt pieces; `write` gets each once it is verified. Raises AccessRefused if no key fits, BackupDamaged."""
+    """Decrypt a file that arrives in pieces. `write` gets each piece after its checksum was verified.
+
+    Raises AccessRefused if no key fits, BackupDamaged for a file that was changed or cut off, and what `chunks` or
+    `write` raise. `name` is for messages.
+    """
     pyrage = _pyrage()
     streams = _Streams(_with_header(chunks, name), write)
     try:

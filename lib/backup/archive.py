@@ -214,7 +214,11 @@ def read_snapshot(name: str, stream: IO[bytes], on_snapshot: SnapshotReader | No
 def read_archive(
     path: Path, on_snapshot: SnapshotReader | None = None, on_ids: IdsReader | None = None, *, only: str | None = None
 ) -> ArchiveFacts:
-    """Read it to the end; callbacks get each snapshot's stream (or `only` one's) and the ids. Raises BackupDamaged."""
+    """Read an archive to its end; the callbacks get the stream of each snapshot (or of `only` this one), and the ids.
+
+    Raises BackupDamaged if a member is missing, cut or foreign, or if there are more snapshots or ids than
+    `collection.json` says.
+    """
     facts: dict[str, Any] = {}
     expected = 0  # snapshots; none may come before `collection.json`
     found: list[SnapshotMember] = []

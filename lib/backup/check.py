@@ -182,7 +182,10 @@ def _named(url: str) -> tuple[str, str, str]:
 
 
 def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "", write: bool = True) -> str:
-    """Raise if sets of `folder` cannot be uploaded to the URL; returns that as shown. `write`: test by a small file."""
+    """Raise if sets of `folder` could not be uploaded to the URL and fetched back; returns the URL without secrets.
+
+    `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
+    """
     copies.require_elsewhere(url, folder)
     if _named(url)[1]:
         last = url.rstrip("/").rpartition("/")[2]

@@ -57,7 +57,10 @@ def verify_collection(
     passing: Callable[[IO[bytes]], IO[bytes]] | None = None,
     counting: bool = True,
 ) -> CollectionVerification:
-    """Verify an archive; fill `ids`. `passing` replaces streams, `counting`: by the engine. Raises BackupDamaged."""
+    """Verify an archive, which is read once, and fill `ids` with the expected ids. Raises BackupDamaged.
+
+    `passing` replaces each snapshot's stream. `counting`: Qdrant's engine counts the points.
+    """
     file = component.file if component else None
     seen: list[SnapshotFacts] = []
     with scratch_folder("segments-") as scratch, TemporaryIdTable() as own_ids:
@@ -235,7 +238,11 @@ def stamp_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def known_model(
     size: int, config: Mapping[str, Any], spec: EmbeddingSpec, journalled: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Return `model`, `model_known` (stamped, also by the journal; configured; guessed), `provider` unless OpenAI."""
+    """Return `model` and `model_known` of the vectors, and `provider` unless it is OpenAI.
+
+    `size` and `config` are the collection's. `model_known` is `stamped` (also if only the journal has the stamp),
+    `configured` or `guessed`.
+    """
     if stamp := stamp_of(config) or journalled or {}:
         model, known, provider = str(stamp["model"]), "stamped", provider_of(stamp)
     elif size == spec.size:

@@ -339,7 +339,10 @@ class Catalog:
 
 
 def catalog_at(url: str, folder: Path, keys: CopyKeys = NO_KEYS) -> Catalog:
-    """The sets at a URL, or in `folder`. Raises like `open_offsite` and `manifests`, AccessRefused if no key fits."""
+    """The sets at a URL, or without one in `folder`. Raises like `open_offsite` and `manifests`.
+
+    A manifest that is encrypted for another key counts as unreadable. Raises AccessRefused if all of them are.
+    """
     if not url:
         sets, damaged = read_sets(folder)
         automem = tuple(one.path for one in listed_files(folder))

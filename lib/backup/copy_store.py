@@ -357,7 +357,11 @@ _IN_FLIGHT = 64  # requests of 32 KiB: 2 MiB on their way
 
 
 def _known_host_sftp() -> type[Any]:
-    """An SFTP of fsspec's for known hosts only (its own accepts any), which notices a silent server and reads ahead."""
+    """Return fsspec's SFTP for known hosts only, which notices a silent server and reads ahead.
+
+    fsspec's own accepts any host key: a machine in between would get the password and the backup. The login is the
+    URL's, else the keys of the agent or in `~/.ssh/id_*`.
+    """
     import paramiko
     from fsspec.implementations.sftp import SFTPFileSystem
 

@@ -143,7 +143,10 @@ def loaded_graph(
     digest: str = "",
     stop: CancelToken | None = None,
 ) -> Iterator[tuple[GraphVerification, Scratch]]:
-    """Load the RDB into a scratch server for the block, compare. Raises BackupDamaged, ScratchFailed, UsageProblem."""
+    """Load the RDB into a scratch server, which runs inside the block; count, digest and compare the graph.
+
+    A known `digest` is not computed. Raises BackupDamaged, ScratchFailed, UsageProblem if the file is of another graph.
+    """
     with scratch_server(engine, path, stop=stop) as scratch:
         if facts.dumped_graph and facts.dumped_graph.startswith((f"{graph}__pre_", f"{{{graph}}}__pre_")):
             rename_graph(scratch.conn, facts.dumped_graph, graph)  # a restore saved it under its safety name

@@ -104,7 +104,10 @@ def remove_named_snapshots(source: CollectionSource, journal: Journal) -> None:
 
 
 def snapshot_deletions(source: CollectionSource, journal: Journal) -> list[str]:
-    """Commands that delete snapshots begun right after the announcement: another client may have made them."""
+    """Return the commands that delete snapshots that this run may have made and its journal does not name.
+
+    They were begun right after the announcement. Another client may have made them, so none is deleted here.
+    """
     commands = []
     for qdrant, node in _nodes_left(source, journal):
         entry = _latest(journal, node, "known_snapshots")
@@ -216,9 +219,10 @@ def restored_since(migration: Journal) -> bool:
 
 
 def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]:
-    """The model stamp in the journal of the newest run that recreated this collection, for servers before 1.16.
+    """The model stamp in the journal of the newest run that recreated this collection (address and name).
 
-    Empty if that run was no migration, did not finish, or made vectors of another size.
+    For servers that store no metadata (before 1.16). Empty if that run was no migration, did not finish, or made
+    vectors of another size.
     """
     for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
         journal = read_journal(path)

@@ -419,7 +419,10 @@ def existing_points(qdrant: Qdrant, collection: str, *, payload: bool = True) ->
 
 
 def all_points(qdrant: Qdrant, collection: str, *, page: int = PAGE, vector: bool = False) -> Iterator[list[Point]]:
-    """Yield all points in pages: the ids first, then several pages at once; by a scroll if the server limits reads."""
+    """Yield all points with their payloads, in pages: their ids are read first, then several pages at a time.
+
+    Pages of a scroll come one after the other, because each names the next. They are used if reads are limited.
+    """
     if limits_reads(qdrant, collection):
         yield from read_ahead(scroll(qdrant, collection, payload=True, vector=vector, page=page))
         return

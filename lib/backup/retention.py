@@ -71,7 +71,11 @@ def clean_up(
 def plan_cleanup(
     catalog: Catalog, rules: Mapping[str, int], owner: Deployment, folder: Path, targets: list[str]
 ) -> Cleanup:
-    """Choose the sets that a cleanup deletes. `rules`: KEEP or a flag of PERIODS to its number. Raises UsageProblem."""
+    """Choose the sets of this deployment that a cleanup deletes.
+
+    `rules` maps KEEP or a flag of PERIODS to its number; each kind of sets has its own count. The journals and reports
+    of `folder` name what is protected. Raises UsageProblem if a number is below 1.
+    """
     for flag, count in rules.items():
         if count < 1:
             again = f"python scripts/backup_automem.py --cleanup {flag} 3 --dry-run"
@@ -94,7 +98,10 @@ def _countable(sets: list[tuple[Manifest, bool]]) -> list[Manifest]:
 
 
 def _kept_of_kind(sets: list[tuple[Manifest, bool]], rules: Mapping[str, int]) -> dict[str, str]:
-    """Names of sets that a rule or their state keeps, and why. `sets`: of one kind, newest first, whether complete."""
+    """The names of the sets that a rule keeps, or that their state keeps, with the reason.
+
+    `sets` are of one kind, newest first, each with whether it is complete.
+    """
     counted = _countable(sets)
     found: dict[str, str] = {}
     for flag, count in rules.items():

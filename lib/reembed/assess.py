@@ -83,7 +83,10 @@ class Assessment:
 
     @property
     def room(self) -> int:
-        """Bytes needed besides the live collection: four times the points (staged, snapshot, copies), a fixed part."""
+        """Bytes that the Qdrant server needs in addition to the live collection.
+
+        Four times the points (the staged collection, its snapshot, the copies restored from it), and a fixed amount.
+        """
         return round(4 * self.scan.usable * self.scan.point_bytes(self.spec.size)) + _FIXED_BYTES
 
     @property
@@ -134,7 +137,11 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
 
 @contextmanager
 def orphan_points(ctx: Context, state: CollectionState) -> Iterator[tuple[TemporaryIdTable, set[PointId]]]:
-    """Ids of points without an embeddable memory, and those that stay. Raises MissingData, GuardRefused (over 1%)."""
+    """The ids of the points without an embeddable memory, and those of them that stay, because their memory exists.
+
+    The graph is asked after the points were read. Raises MissingData for an empty graph, GuardRefused if more than 1%
+    of the points would be removed without a verified backup.
+    """
     with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
         if len(only_live) and ctx.cache.memory_count() == 0:
             raise MissingData(

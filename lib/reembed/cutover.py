@@ -95,7 +95,11 @@ def _choose_method(ctx: Context, journal: Journal, assessment: Assessment, kind:
 
 
 def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
-    """Make a snapshot of the staged collection; return the first method that works: fetched, sent, else filled."""
+    """Make a snapshot of the staged collection, and return the first method that works for it.
+
+    The server fetches it from itself; else it is sent from here; else, if this machine has no room for it, the new
+    collection is filled from the cache.
+    """
     began = time.monotonic()
     snapshot = _snapshot(ctx, journal)
     checksum = snapshot.checksum

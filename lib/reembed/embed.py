@@ -138,7 +138,10 @@ class EmbeddingTotals:
 
     @contextmanager
     def recording(self, *, stored: bool = True) -> Iterator[Callable[[EmbedProgress], None]]:
-        """Yield a progress callback that adds to the sums, however the block ends. Not `stored`: all is discarded."""
+        """Yield a progress callback that adds one call of `embed_missing` to the sums, however the block ends.
+
+        `stored`: False if the vectors are thrown away, so that all tokens count as discarded.
+        """
         added = latest = EmbedProgress()
         after_pause, saved_at = bool(self.sums.slots), time.monotonic()
 
@@ -263,7 +266,10 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
 
 
 def require_cached_model(ctx: Context, runner: EmbeddingRunner) -> None:
-    """Embed three cached texts again if the model has no price: GuardRefused if its weights have changed."""
+    """Embed three texts of the plan that have a vector again. Raises GuardRefused if the model makes other vectors now.
+
+    Only for a model without a price: the name of a model that operators serve themselves does not fix its weights.
+    """
     if price_of(1, ctx.spec.model, ctx.spec.provider):
         return
     rows = ctx.cache.embedded(SAMPLES)

@@ -76,7 +76,10 @@ def usually_spelled(graph: GraphSource, ids: Sequence[PointId]) -> set[PointId]:
 
 
 def memories_now(graph: GraphSource, ids: Iterable[Sequence[PointId]]) -> set[PointId]:
-    """Return those of `ids` (pages) whose memory is in the graph: by usual spellings, then by reading every id."""
+    """Return those of `ids` (pages) whose memory is in the graph now, whatever its content is.
+
+    The graph is asked for the usual spellings. If ids are left after that, every id of the graph is read, once.
+    """
     found: set[PointId] = set()
     with TemporaryIdTable() as left:
         for page in ids:

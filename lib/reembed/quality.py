@@ -211,7 +211,11 @@ class SpotCheck(NamedTuple):
 
 
 def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | None, count: int) -> SpotCheck:
-    """Embed `count` memories, fill a temporary collection (journaled first), compare both, delete it."""
+    """Embed `count` memories spread over the plan, fill a temporary collection with them, compare, delete it.
+
+    The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
+    start deletes it.
+    """
     total, size = ctx.cache.memory_count(), ctx.spec.size
     step = max(1.0, total / count)
     wanted = {int(number * step) for number in range(min(count, total))}

@@ -293,7 +293,10 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
 
 
 def remove_orphans(ctx: Context, state: CollectionState) -> int:
-    """Save in the cache, then remove, the points without a memory. Returns how many. Raises like `orphan_points`."""
+    """Remove the points that have no memory in the graph; each is saved in the cache first. Returns how many.
+
+    Raises like `orphan_points`.
+    """
     removed = 0
     with assess.orphan_points(ctx, state) as (without_memory, memories):
         for ids in without_memory.ids():

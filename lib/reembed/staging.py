@@ -174,7 +174,10 @@ def staged_dropped_if_full(ctx: Context, journal: Journal, room: int) -> Iterato
 
 
 def with_room(ctx: Context, journal: Journal, work: Callable[[], T]) -> T:
-    """Do `work`; if the disk is full, drop the staged collection (the cache has it), repeat, or raise StoreFailed."""
+    """Return the result of `work`. On a full disk, after the delete, drop the staged collection and repeat it.
+
+    Raises StoreFailed if that does not make enough room. The cache has every vector of the staged collection.
+    """
     while True:
         try:
             return work()

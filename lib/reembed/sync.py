@@ -190,7 +190,11 @@ def sync_collection(
 
 
 def repair_vectors(ctx: Context, collection: str, *, planned: bool = False) -> int:
-    """Overwrite vectors that differ from the cache's: AutoMem may still write the old model's. Returns how many."""
+    """Compare every stored vector with the cache's and overwrite those that differ. Returns how many did.
+
+    While a migration keeps the size, the old service may still write vectors of the old model. `planned`: see
+    `different_vectors`.
+    """
     state, repaired = get_state(ctx.qdrant, collection), 0
     with ctx.bar("compare vectors", state.points, "points") as progress:
         for page in all_points(ctx.qdrant, collection, page=PAGE_WITH_VECTORS, vector=True):

@@ -53,9 +53,10 @@ _EXAMPLES = 3
 def open_graph(
     source: AutoMemFile, target: GraphSource, engines: list[Engine], stop: CancelToken | None = None
 ) -> Iterator[tuple[GraphBackup, GraphFacts]]:
-    """Verify a graph's file while a scratch FalkorDB has it for the block: the oldest one, which most targets read.
+    """Verify a graph's file while it is loaded into a scratch FalkorDB, which runs inside the block; what it holds.
 
-    Raises BackupDamaged, NoEngine, UsageProblem if the file is of another graph.
+    The oldest engine is used, which most targets read. `stop` ends the work from another thread. Raises BackupDamaged,
+    NoEngine, UsageProblem if the file is of another graph.
     """
     if not engines:
         raise NoEngine(

@@ -228,7 +228,10 @@ def _sample(plan: RestorePlan) -> Sample:
 
 
 def _verify_live(plan: RestorePlan, sample: Sample) -> None:
-    """Delete the collection and raise BackupDamaged unless all ids, and a sample's payloads and vectors, match."""
+    """Raise BackupDamaged unless the restored collection equals its trial; it is deleted then.
+
+    Compared are every id, and payloads and vectors (also named ones) of the sample.
+    """
     qdrant, name = plan.target.qdrant, plan.target.collection
     try:
         verify_restored(plan.backup, qdrant, name)
@@ -245,7 +248,10 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
 
 
 def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
-    """Restore under a temporary name, compare; use a killed run's verified trial. The caller drops a failed one."""
+    """Restore under a temporary name and compare. The caller deletes a failed one at once.
+
+    A trial that a killed run verified is used again: its name holds the snapshot's checksum.
+    """
     qdrant, name = plan.target.qdrant, plan.trial
     if not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.

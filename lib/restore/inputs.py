@@ -160,7 +160,10 @@ class CollectionBackup:
 
 
 def open_archive(path: Path, component: CollectionComponent | None) -> CollectionBackup:
-    """Verify an archive. Points that its manifest counted are not counted again. Raises BackupDamaged."""
+    """Verify an archive; nothing on the target is touched. Raises BackupDamaged.
+
+    If its bytes are those of a manifest whose points were counted, they are not counted again: the trial restore's are.
+    """
     size = component.snapshot_size if component else peek_facts(path)["snapshot_size"]
     ids = TemporaryIdTable()
     saved = SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
@@ -175,7 +178,11 @@ def open_archive(path: Path, component: CollectionComponent | None) -> Collectio
 
 
 def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
-    """Verify a bare snapshot: both tars, its checksum file, its segments if possible. Raises BackupDamaged."""
+    """Verify a bare snapshot: both tar levels, and the checksum file next to it if there is one.
+
+    Its segments are counted if an engine here reads them. A segment that is missing from the file shows in the count
+    alone, because only archives list the expected ids. Raises BackupDamaged.
+    """
     with scratch_folder("segments-") as scratch:
         copies = SegmentCopies(scratch.path, path.stat().st_size)
         seen: list[SnapshotFacts] = []

@@ -194,7 +194,10 @@ def _warn_left_out(site: Site, backup: GraphBackup, component: GraphComponent | 
 
 
 def require_quiet(site: Site, backup: GraphBackup) -> None:
-    """Refuse to replace the graph while AutoMem may run; with --while-running only if names or their order differ."""
+    """Refuse to replace the graph while AutoMem may run: its caches would write values under wrong names.
+
+    With --while-running it is refused only if labels, relationship types or property keys differ, or their order.
+    """
     answer, url, address = ask_health(site.api), without_login(site.api.url), backup.target.address
     if answer.presence == "unresolved":
         hint = container_hint(urlsplit(url).hostname or "", "AUTOMEM_API_URL=http://localhost:8001").strip()

@@ -131,7 +131,11 @@ def _clean_up_killed_runs(site: Site, files: VerifiedFiles, run: Journal) -> _Le
 
 
 def _clean_up_graphs(site: Site, left: _Leftovers) -> list[str]:
-    """Clean up killed restores' graphs, after this run's trials, which may need one; close finished journals."""
+    """Clean up the graphs that killed restores left, after this run's trials: until then one of them may be needed.
+
+    Closes the journals of which nothing is left. A journal stays open if it names something in a store that this run
+    does not open.
+    """
     notes = []
     for journal in left.journals:
         if site.graph:

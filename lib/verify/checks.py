@@ -132,7 +132,11 @@ def check_model(state: CollectionState, spec: EmbeddingSpec) -> Check:
 
 
 def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> list[Check]:
-    """Both stores compared. What is newer than the migration is pending until the restart; without a plan it failed."""
+    """The comparison of both stores as checks: ids, orphan points, content, payloads.
+
+    What was written after the migration is pending until the restart. Without a plan (an embedding cache) nothing is
+    known to be newer, so that every difference is a failure.
+    """
     exempt = f"{found.exempt} exempt (no text, unusable or repeated id)"
     equal = "equal to the graph, nothing of the old points lost"
     if found.recalled:
@@ -172,7 +176,10 @@ def read_points(
     existing: TemporaryIdTable,
     progress: Progress,
 ) -> Check:
-    """Read every point once into `existing`; check its vector: width, finite, not zero, the cache's if that has it."""
+    """Read every point once: add its payload to `existing`, and check its vector.
+
+    The vector has the width of `spec`, is finite, not zero, and equal to the embedding cache's if the cache has it.
+    """
     unusable: list[PointId] = []
     different: list[PointId] = []
     known = total = 0
@@ -259,7 +266,11 @@ def check_recall_direct(source: CollectionSource, cache: EmbeddingCache, samples
 def check_provider(
     stores: Stores, state: CollectionState, cache: EmbeddingCache, since: list[Sample], *, restored: bool
 ) -> Check:
-    """Compare vectors that AutoMem made `since` the migration with the provider's; the newest shows its model now."""
+    """Compare vectors that AutoMem made of memories `since` the migration, the newest first, with the provider's.
+
+    The newest shows which model AutoMem embeds with, the others whether it used another one before. `restored`:
+    whether a restore has replaced the migration's collection.
+    """
     spec, name = stores.collection.spec, "AutoMem's model"
     model = f"{spec.model} of {spec.provider}"
     believed = f"{model}, {stores.reason}" if stores.reason else model

@@ -162,9 +162,10 @@ def read_answer(body: dict[str, object], count: int, spec: EmbeddingSpec) -> Ans
 
 
 def _indices(data: list[Any]) -> list[int]:
-    """Return the index of each vector's text: without any index the order is that of the texts. Raises BadIndices.
+    """The index of the text of each vector; without any index the order is that of the texts.
 
-    If one alone is missing, it is the one that is left: protobuf's JSON, as Gemini's endpoint sends it, omits a 0.
+    If one index alone is missing, it is the one that is left: encoders that omit zeros leave out the 0 (protobuf's
+    JSON, as Gemini's endpoint sends it). Raises BadIndices.
     """
     if not all(isinstance(item, dict) for item in data):
         raise BadAnswer("a vector that is no JSON object")

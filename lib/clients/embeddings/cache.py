@@ -99,9 +99,10 @@ class EmbeddingCache(CacheFile):
         return {key for (key,) in self.rows_in("SELECT key FROM vectors WHERE key IN", keys)}
 
     def put_vectors(self, rows: Sequence[tuple[bytes, bytes]]) -> None:
-        """Store new (key, float32 little-endian) pairs in one transaction, on the disk when it returns.
+        """Store (key, float32 little-endian) pairs in one transaction, on the disk when it returns.
 
-        Raises ValueError, storing nothing, for a vector of another width than its spec's.
+        An existing vector is not replaced. Raises ValueError, storing nothing, for a vector of a width that is not its
+        spec's.
         """
         for key, blob in rows:
             spec = self._specs.get(key[:PREFIX_BYTES])

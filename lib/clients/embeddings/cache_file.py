@@ -53,9 +53,10 @@ class CacheDamaged(MigrationError):
 
 
 class CacheFile:
-    """The open files, one connection for one thread: the plan `path`, and `vectors.sqlite3`, which all plans share.
+    """The open files. One connection, used by the thread that opened it; SQLite allows one writer at a time.
 
-    Both are created if they are missing (0600 in a 0700 folder). Raises CacheDamaged.
+    `path` is the plan, created if it is missing (0600 in a 0700 folder). The vectors are in `vectors.sqlite3` in the
+    same folder, which all plans share. Raises CacheDamaged.
     """
 
     def __init__(self, path: Path) -> None:

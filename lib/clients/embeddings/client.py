@@ -148,9 +148,10 @@ def _http_package() -> Any:
 
 
 class LocalModel:
-    """One model on this machine, with the methods of Provider. Thread-safe. Raises UsageProblem without its package.
+    """One model on this machine, with the methods of Provider. Thread-safe.
 
-    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it.
+    `models_dir` is the folder of downloaded models; fastembed downloads a model that is not in it. Raises UsageProblem
+    if the package is not installed.
     """
 
     def __init__(self, spec: EmbeddingSpec, models_dir: Path) -> None:

@@ -131,7 +131,10 @@ class _Bucket:
         self.rate = state.refill or self.rate
 
     def delay(self, wanted: float, share: float, *, awaited: bool) -> float:
-        """Seconds until `wanted` units, or a full bucket, are there. If none is `awaited`, only a request can tell."""
+        """Seconds until `wanted` units are available, or the bucket is full if `wanted` exceeds it.
+
+        `awaited`: an answer will come, which raises the level. Without it and a rate, only a request can find out.
+        """
         lacking = min(wanted, self.capacity) - self.level
         if lacking <= 0:
             return 0.0
@@ -139,9 +142,10 @@ class _Bucket:
 
 
 class Pacer:
-    """Decides when each request may leave; raises RateLimited instead of waiting longer. Thread-safe.
+    """Decides when each request may leave. Thread-safe.
 
-    After each `acquire` comes exactly one call of `answered`, `refused` or `failed`.
+    After each `acquire` comes exactly one call of `answered`, `refused` or `failed`. It raises RateLimited instead of
+    waiting for longer than `longest_wait_seconds`.
     """
 
     def __init__(self, longest_wait_seconds: float = 600.0, clock: Callable[[], float] = time.monotonic) -> None:

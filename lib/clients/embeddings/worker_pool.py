@@ -86,8 +86,10 @@ def embed_missing(
 
     `rows`, `store` and `progress` are used by the calling thread only, so all may share one SQLite connection. If the
     run is interrupted or fails, workers stop before their next request, and all that was received is stored before the
-    error is raised. `require_room` is called before each batch with the number of texts that are not stored yet; its
-    error ends the sending, and is raised when the others are stored. Raises what EmbeddingClient.embed raises.
+    error is raised. `require_room` is called before each batch with the number of texts that are not stored yet; if it
+    raises, no further batch is sent, and its error is raised when the others are stored.
+    Raises ProviderRefused and WrongWidth as EmbeddingClient.embed, and whatever `rows`, `store` or `require_room`
+    raise.
     """
     unmap_large_blocks()
     run = _Run(client, store, progress, texts_a_request(client.spec, batch_size), require_room)
@@ -175,7 +177,10 @@ class _Run:
             raise no_room
 
     def _batches(self, rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
-        """Yield batches under the limits of the moment. Blank texts are refused: one would fail its whole request."""
+        """Batches under the limits of the moment. Blank texts are refused here: one would fail its whole request.
+
+        Texts over the limit of OpenAI's models are cut; the key stays that of the whole text.
+        """
         batch: list[TextRow] = []
         spec, tokens, token_limit = self._client.spec, 0, self._token_limit()
         limit = input_limit(spec.model, spec.provider)
@@ -269,7 +274,8 @@ class _Run:
 
         A refused batch is never sent again as it is, but in halves. If both are accepted whole, the number of texts
         was the cause, and later batches are smaller. One answer that does not fit is chance; one to a `half`, too, is
-        not, and each is paid for. `first_sent`: when the whole batch was first sent (monotonic).
+        not, and each is paid for. `first_sent`: when the whole batch was first sent (monotonic). Raises what
+        EmbeddingClient.embed raises, except BadInput.
         """
         try:
             tokens = sum(row.tokens for row in batch)

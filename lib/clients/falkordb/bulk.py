@@ -43,7 +43,10 @@ def create_graph(conn: redis.Redis, graph: str) -> None:
 
 
 def add_nodes(conn: redis.Redis, graph: str, first: int, nodes: Iterable[tuple[Sequence[str], Properties]]) -> None:
-    """Add nodes to a graph of `first` ones that never lost any. Raises ValueError for a value that no property has."""
+    """Add nodes, given as labels and properties. The graph has `first` nodes and never lost one: its ids continue.
+
+    Raises ValueError for a value that no property has.
+    """
     rows = ((list(labels), _plain(properties), properties) for labels, properties in nodes)
     for (labels, has_values), group in groupby(rows, key=lambda row: (row[0], bool(row[1]))):
         page = list(group)

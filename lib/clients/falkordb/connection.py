@@ -257,7 +257,10 @@ def command(conn: redis.Redis, *words: Any) -> Any:
 
 
 def read_commands(conn: redis.Redis, requests: Sequence[Sequence[Any]]) -> list[Any]:
-    """Send reading commands at once, again if the time limit cuts one; return raw replies. Raises like `command`."""
+    """Send several commands that only read at once; return their raw replies. Raises like `command`.
+
+    If the server cuts a query by its time limit, they are sent once more: a busy server cuts the shortest one.
+    """
 
     @_once_more
     def send() -> list[Any]:
@@ -317,10 +320,11 @@ def function_libraries(conn: redis.Redis) -> list[str]:
 
 
 def temporary_name(conn: redis.Redis, graph: str, kind: str, mark: str) -> str:
-    """Return a name for a copy of `graph`, such as `memories__pre_1a2b`. Raises StoreFailed if it allows none.
+    """Return a name for a copy of `graph`, such as `memories__pre_1a2b`.
 
     In a redis cluster RENAME needs both names in one slot: there the graph's name becomes the hash tag,
     `{memories}__pre_1a2b` (https://redis.io/docs/latest/operate/oss_and_stack/reference/cluster-spec/#hash-tags).
+    Raises StoreFailed if the graph's name allows no such name.
     """
     name = f"{graph}__{kind}_{mark}"
     if not _in_cluster(conn) or re.match(r"[^{]*\{[^}]+\}", graph):

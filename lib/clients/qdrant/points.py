@@ -72,7 +72,10 @@ _Row = tuple[PointId, bytes]  # a point's id, and the point as JSON
 def scroll(
     q: Qdrant, name: str, *, payload: bool | list[str] = False, vector: bool = False, page: int | None = None
 ) -> Iterator[list[Point]]:
-    """Yield all points in pages by id, shrunk to what strict mode allows. `payload` may list keys. Raises NotFound."""
+    """Yield all points in pages, in the order of their ids.
+
+    `payload` may list the wanted keys. Pages shrink to what strict mode allows. Raises NotFound, QdrantError.
+    """
     path = collection_path(name, "points", "scroll")
     limit = page or (PAGE_WITH_VECTORS if vector else PAGE if payload else PAGE_OF_IDS)
     body: dict[str, Any] = {"with_payload": payload, "with_vector": vector}
@@ -303,9 +306,10 @@ def _of_the_collection(error: QdrantError) -> bool:
 
 
 def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: int) -> list[Hit]:
-    """Return the `limit` points nearest to a vector (dims,), or to a stored point, which is left out; best first.
+    """The `limit` nearest points, best first, to a vector (dims,), or to a stored point, which is left out.
 
-    https://api.qdrant.tech/api-reference/search/query-points. The official client takes 1 s and 45 MB to import.
+    https://api.qdrant.tech/api-reference/search/query-points (1.10 and later). The official client would take a second
+    to import, and 45 MB. Raises NotFound, QdrantError, NoAnswer.
     """
     body = {"query": query, "limit": limit, "with_payload": False}
     answer = q.json("POST", collection_path(name, "points", "query"), body, timeout=_SEARCH_SECONDS, retry=False)
@@ -314,7 +318,10 @@ def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: in
 
 @contextmanager
 def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, NDArray[np.float32], int], list[Hit]]]:
-    """Yield a function (collection, vector, limit): exact search among these ids. Raises QdrantError, NoAnswer."""
+    """Yield a function (collection, vector, limit) that searches among these ids only, exactly, best first.
+
+    It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer.
+    """
     from qdrant_client import QdrantClient, models  # as AutoMem searches
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 

@@ -64,8 +64,9 @@ def upload_and_restore(
     Returns whether the server answered within `answer_seconds`; if not, the collection was polled for at most
     `seconds`. An answer does not verify the points. The server keeps the file as `filename` (see `unique_filename`),
     also after a failure. `allow_existing`: the collection already has parts from other nodes' snapshots.
-    Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health` and
-    delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged if the source is another one.
+    Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health`
+    and delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged for a source that is
+    shorter or that has another checksum.
     """
     if not allow_existing:
         _refuse_existing(q, collection)

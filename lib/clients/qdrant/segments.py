@@ -121,7 +121,10 @@ def has_engine() -> bool:
 
 @contextmanager
 def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
-    """Yield the opened segments; None: unknown format. Raises BackupDamaged, EngineKilled, OSError on a full disk."""
+    """Open the segments of an accepted snapshot. Yields None if the engine cannot read their format.
+
+    Raises BackupDamaged, EngineKilled, and OSError if the disk is full.
+    """
     archives = files.finish()
     with _engine(sum(path.stat().st_size for path in archives.values()), files.segments) as ask:
         try:
@@ -140,7 +143,8 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
 def _engine(size: int, segments: int) -> Iterator[Ask]:
     """Start the engine's process, limited for segments of `size` bytes. It ends with the block and with this process.
 
-    Yields a function that returns its answer to a question. It raises _EngineError, BackupDamaged or EngineKilled.
+    Yields a function that sends it a question and returns the answer, or raises _EngineError, and if the process ended
+    BackupDamaged or EngineKilled.
     """
     with subprocess.Popen(
         [sys.executable, *_ENGINE, str(os.getpid())],

@@ -100,10 +100,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class SnapshotFacts:
-    """What a snapshot says about its collection; `config` is config.json.
+    """What a snapshot says about its collection.
 
     `size` and `distance` are of the unnamed vector (or the first named one). `payload_schema` maps a field to its type
-    or parameters. `shards` maps every shard to the number of its segments here: 0 if another node holds it.
+    or parameters. `config` is config.json. `shards` maps every shard to the number of its segments here, which is 0 if
+    another node holds it.
     """
 
     size: int
@@ -132,7 +133,8 @@ def inspect_snapshot(stream: ByteStream, on_segment: OnSegment | None = None) ->
 
     `on_segment` gets the shard and content of each segment, and returns the stream from which it is read here. Raises
     BackupDamaged if the snapshot is cut, zeroed or none, if a segment is empty or of another dimension, if a local
-    shard lacks its segments, and for names and types that lead outside. Other damage shows in the sha256 only.
+    shard lacks its segments, and for names and types that lead outside. A missing segment or changed bytes within a
+    file show only in the sha256 and the number of points.
     """
     survey = _Survey(on_segment)
     for entry in entries(Section(stream, None, _SNAPSHOT), needs_end=True):

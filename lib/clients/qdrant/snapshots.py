@@ -69,7 +69,8 @@ def restarted(q: Qdrant, before: str | None) -> bool:
 def restorable(backup_version: str, server_version: str) -> str | None:
     """Why a server cannot restore a snapshot of `backup_version`, or None: the same or the next minor version can.
 
-    Others leave a failed collection, or lose data: seen, and https://qdrant.tech/documentation/concepts/snapshots/.
+    Others leave a failed collection, or lose data (https://qdrant.tech/documentation/concepts/snapshots/; seen with
+    1.11.3 and 1.18.3).
     """
     backup, server = _VERSION.match(backup_version), _VERSION.match(server_version)
     if backup is None or server is None:

@@ -154,7 +154,10 @@ class Qdrant:
     def send(
         self, method: str, path: str, body: object = None, *, compress: bool = False, **options: Any
     ) -> requests.Response:
-        """Send JSON, or Parts. Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed."""
+        """Send JSON with the options of `call`. orjson serialises `body`, numpy arrays too; Parts are sent as they are.
+
+        Raises StoreUnreachable, NoAnswer, AccessRefused, NotFound, QdrantError, StoreFailed.
+        """
         content = body if isinstance(body, Parts | None) else encode(body)
         headers = {} if content is None else {"Content-Type": "application/json"}
         if content is not None and compress:
@@ -182,7 +185,8 @@ class Qdrant:
 
         A file object is streamed and never sent twice. `timeout` is in seconds between two pieces of the answer.
         With `retry` (default: for GET only) the request is repeated after a lost connection, a 408 or a gateway's 502
-        to 504. By default any other is sent over a new connection: a server that closes an idle one could lose it.
+        to 504. By default another one is sent over a new connection: it could be lost if the server just closes an idle
+        one.
         A 429 with Retry-After was not carried out, so it is always repeated.
         """
         streamed = not isinstance(content, bytes | Parts | None)
