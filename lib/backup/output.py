@@ -112,7 +112,19 @@ def show_sets(catalog: Catalog, console: Console) -> int:
     for path in catalog.unreadable:
         command = f"python scripts/backup_automem.py --check {quote(path)}"
         console.warn(f"{path.rpartition('/')[2]} cannot be read; to see what is wrong:  {command}")
-    rows = [_set_row(one, complete=complete) for one, complete in catalog.sets]
+    rows = []
+    for one, complete in catalog.sets:
+        graph, collection, drift = one.graph, one.collection, one.drift
+        row = (
+            one.stamp,
+            size_text(sum(file.size for file in one.files)),
+            f"{graph.nodes:,}" if graph else "-",
+            f"{collection.points:,}" if collection else "-",
+            f"{collection.size}d" if collection else "-",
+            f"{drift.only_graph + drift.only_collection:,}" if drift else "-",
+            one.proof if complete else "INCOMPLETE",
+        )
+        rows.append(row)
     figures = table(rows, ("set (UTC)", "size", "nodes", "points", "vectors", "drift", "level")).splitlines()
     lines, sets = figures[: len(figures) - len(rows)], []
     for line, (one, complete) in zip(figures[len(lines) :], catalog.sets, strict=True):
@@ -132,19 +144,6 @@ def show_sets(catalog: Catalog, console: Console) -> int:
         lines += [f"  {one}   {size_text(one.stat().st_size)}" for one in catalog.automem]
     console.result(document, "\n".join(lines))
     return DONE
-
-
-def _set_row(one: Manifest, *, complete: bool) -> tuple[str, ...]:
-    graph, collection, drift = one.graph, one.collection, one.drift
-    return (
-        one.stamp,
-        size_text(sum(file.size for file in one.files)),
-        f"{graph.nodes:,}" if graph else "-",
-        f"{collection.points:,}" if collection else "-",
-        f"{collection.size}d" if collection else "-",
-        f"{drift.only_graph + drift.only_collection:,}" if drift else "-",
-        one.proof if complete else "INCOMPLETE",
-    )
 
 
 def _contents(one: Manifest) -> str:

@@ -107,7 +107,10 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
         context.refuse_foreign_staged(ctx)
     if state is not None:  # a cluster's snapshots hold one node each, so nothing is staged there
         in_place = in_place or topology(ctx.qdrant, state.name).peers > 1
-    if scan.own_text == 0 and (state.points if state else not _was_empty(ctx, journal)):
+    # Nothing is lost if this run deleted a collection without points. The cache is asked, too, but it can be lost.
+    points = (journaled_settings(journal) or {}).get("points_count")
+    was_empty = reached(journal, phases.DELETING) and not points and ctx.cache.saved_count() == 0
+    if scan.own_text == 0 and (state.points if state else not was_empty):
         raise MissingData(
             f"graph '{ctx.graph.graph}' holds no memory that can be embedded ({scan.memories} Memory nodes):"
             f" '{ctx.collection}' is not changed"
@@ -177,13 +180,6 @@ def _require_saved_payloads(ctx: Context, journal: Journal | None, live: Live) -
             next_step="if that file was moved away and can be read, move it back, then run the same command again;\n"
             f"if not, undo the run, then run the same command again:\n{journal.undo}",
         )
-
-
-def _was_empty(ctx: Context, journal: Journal | None) -> bool:
-    """Return whether the collection that this run deleted had no point, so that recreating it empty loses nothing."""
-    points = (journaled_settings(journal) or {}).get("points_count")
-    # Both: the embedding cache, which holds the saved payloads, can be lost.
-    return reached(journal, phases.DELETING) and not points and ctx.cache.saved_count() == 0
 
 
 def journaled_settings(journal: Journal | None) -> dict[str, Any] | None:

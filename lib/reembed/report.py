@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -241,26 +242,21 @@ def scores(before: Sequence[float], after: Sequence[float]) -> Plot | None:
 
 
 def _shares(values: Sequence[float], low: float, high: float) -> list[float]:
-    counts = [0] * _BINS
-    for value in values:
-        counts[min(_BINS - 1, int((value - low) / (high - low) * _BINS))] += 1
-    return [count / len(values) for count in counts]
+    counts = Counter(min(_BINS - 1, int((value - low) / (high - low) * _BINS)) for value in values)
+    return [counts[number] / len(values) for number in range(_BINS)]
 
 
 def overlaps(memories: Sequence[Mapping[str, Any]], most: int) -> Plot | None:
     """How many memories have how many of their `most` nearest neighbours in common. None if empty."""
     if not memories:
         return None
-    counts = [0] * (most + 1)
-    for one in memories:
-        counts[round(most * one["same"] / one["near"])] += 1
-    x, y = _axes(-0.5, most + 0.5, 1.1 * max(counts))
+    counts = Counter(round(most * one["same"] / one["near"]) for one in memories)
+    x, y = _axes(-0.5, most + 0.5, 1.1 * max(counts.values()))
     width = round(x.at(0.4) - x.at(-0.4), 2)
     bars = []
-    for number, count in enumerate(counts):
-        if count:
-            height, label = round(Plot.bottom - y.at(count), 2), f"{number} of {most} the same: {count} memories"
-            bars.append(Bar(x.at(number - 0.4), y.at(count), width, height, label))
+    for number, count in sorted(counts.items()):
+        height, label = round(Plot.bottom - y.at(count), 2), f"{number} of {most} the same: {count} memories"
+        bars.append(Bar(x.at(number - 0.4), y.at(count), width, height, label))
     ticks = [Tick(x.at(number), str(number)) for number in range(most + 1)]
     whole = [tick for tick in y.ticks(5) if "." not in tick.label]
     return Plot(f"neighbours in common, of {most}", "memories", ticks, whole, bars=bars)

@@ -140,8 +140,8 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
             how = "not compared: no FalkorDB engine is installed here"
         lines.append(f"graph '{files.graph.target.graph}' restored from {files.graph.path}, {how}")
         document["graph"] = {"file": str(files.graph.path), "digest": digest.digest if digest else None}
-    if files.collection:
-        one = files.collection
+    if files.plan:
+        one = files.plan.backup
         lines.append(
             f"collection '{config.collection}' restored from {one.path}: {len(one.ids):,} points of"
             f" {one.snapshot.size}d"
@@ -160,10 +160,10 @@ def show_restored(done: Restored, files: VerifiedFiles, config: Config, console:
         lines.append(f"the old graph as it was at the cutover, with writes after the safety backup: {done.late_writes}")
         document["late_writes"] = str(done.late_writes)
     restart = _RESTART_GRAPH
-    if files.collection:
-        facts = files.collection.archive.facts
+    if files.plan:
+        facts = files.plan.backup.archive.facts
         provider = provider_of(facts)
-        settings = settings_lines(files.collection.snapshot.size, str(facts["model"]), config, provider)
+        settings = settings_lines(files.plan.backup.snapshot.size, str(facts["model"]), config, provider)
         restart = restart_lines(provider, named=not is_plain(config.settings, config.spec.provider))
         document["settings"] = [line.strip() for line in settings if line]
         lines += settings

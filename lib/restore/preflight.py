@@ -34,7 +34,7 @@ from lib.network import container_hint, is_loopback, is_this_machine, same_serve
 from lib.restore import graph as graphs
 from lib.restore.collection import FROM_GRAPH, Part, RestorePlan, plan_restore
 from lib.restore.graph import GraphBackup
-from lib.restore.inputs import CollectionBackup, Input, Inputs, open_archive, open_bare
+from lib.restore.inputs import Input, Inputs, open_archive, open_bare
 
 _STOP_AUTOMEM = (
     "stop AutoMem, not the stores, in its folder:\ndocker compose stop flask-api\n"
@@ -81,11 +81,6 @@ class VerifiedFiles:
     graph: GraphBackup | None = None
     plan: RestorePlan | None = None
     left_out: tuple[str, ...] = ()
-
-    @property
-    def collection(self) -> CollectionBackup | None:
-        """The collection's backup."""
-        return self.plan.backup if self.plan else None
 
 
 def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:

@@ -64,7 +64,7 @@ _Trials = tuple[BackgroundTask[_GraphTrial], BackgroundTask[Newer | None]]
 
 def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
     """Restore verified files. Raises with the stores as they were, or with the commands that finish the run."""
-    paths = [str(one.path) for one in (files.graph, files.collection) if one]
+    paths = [str(one.path) for one in (files.graph, files.plan and files.plan.backup) if one]
     journal = start_journal(site.folder, COMMAND, site.targets, again=site.again, files=paths)
     try:
         left = _clean_up_killed_runs(site, files, journal)

@@ -114,7 +114,13 @@ def compare_stores(
             memories = _usable(asked, seen, found)
             payloads = existing.payloads(list(memories))
             _compare_page(memories, payloads, cache, migrated_at, found)
-            _add_samples(memories, payloads, found, samples, step)
+            # A sample is every `step`-th memory, or the next one that is fit for it.
+            for number, (identity, properties) in enumerate(memories.items(), found.expected - len(memories)):
+                content, payload = str(properties["content"]), payloads.get(identity)
+                is_valid = not (properties.get("archived") or properties.get("t_invalid"))
+                is_due = len(found.samples) < samples and number >= len(found.samples) * step
+                if is_due and is_valid and len(content) < _LONGEST_QUERY and (payload or {}).get("content") == content:
+                    found.samples.append(Sample(str(identity), content))
             progress(len(page))
         found.orphans = [str(one) for one in orphan_ids(existing, seen.payloads)]
     return found
@@ -201,18 +207,6 @@ def _written_at(properties: Properties) -> datetime:
             continue
         found.append(moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc))
     return max(found)
-
-
-def _add_samples(
-    memories: dict[PointId, Properties], payloads: dict[PointId, dict[str, Any]], found: Findings, most: int, step: int
-) -> None:
-    """Choose every `step`-th memory to try recall with, or the next one that is fit for it, until there are `most`."""
-    for number, (identity, properties) in enumerate(memories.items(), found.expected - len(memories)):
-        content, payload = str(properties["content"]), payloads.get(identity)
-        is_valid = not (properties.get("archived") or properties.get("t_invalid")) and len(content) < _LONGEST_QUERY
-        is_due = len(found.samples) < most and number >= len(found.samples) * step
-        if is_due and is_valid and payload is not None and payload.get("content") == content:
-            found.samples.append(Sample(str(identity), content))
 
 
 def vectors_differ(
