@@ -308,8 +308,8 @@ def _of_the_collection(error: QdrantError) -> bool:
 def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: int) -> list[Hit]:
     """The `limit` nearest points, best first, to a vector (dims,), or to a stored point, which is left out.
 
-    https://api.qdrant.tech/api-reference/search/query-points (1.10 and later). The official client would take a second
-    to import, and 45 MB. Raises NotFound, QdrantError, NoAnswer.
+    https://api.qdrant.tech/api-reference/search/query-points (1.10 and later). The official client takes 1 s and 45 MB
+    to import. Raises NotFound, QdrantError, NoAnswer.
     """
     body = {"query": query, "limit": limit, "with_payload": False}
     answer = q.json("POST", collection_path(name, "points", "query"), body, timeout=_SEARCH_SECONDS, retry=False)
