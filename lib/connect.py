@@ -138,10 +138,20 @@ def open_site(config: Config, console: Console, inputs: Inputs, again: str, **ch
     except StoreUnreachable as error:
         start = "start just the stores, in AutoMem's folder:\ndocker compose up -d falkordb qdrant"
         raise StoreUnreachable(str(error), next_step=f"correct the address, or {start}\nthen:\n{again}") from error
-    folder, targets, found = config.backup_dir, config.targets(), engines(config) if graph else []
-    bar, say, notice = console.progress, console.say, console.notice
-    api, forget = AutoMemApi(config.api_url, config.api_token), partial(forget_saved, config)
-    return Site(graph, collection, folder, targets, found, api, bar, say, notice, again, forget, **choices)
+    return Site(
+        graph=graph,
+        collection=collection,
+        folder=config.backup_dir,
+        targets=config.targets(),
+        engines=engines(config) if graph else [],
+        api=AutoMemApi(config.api_url, config.api_token),
+        bar=console.progress,
+        say=console.say,
+        notice=console.notice,
+        again=again,
+        forget_saved=partial(forget_saved, config),
+        **choices,
+    )
 
 
 def embed_few(config: Config, texts: list[str]) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.clients.qdrant.transport import NoAnswer, NotFound, Parts, Qdrant, QdrantError, collection_path, encode
 from lib.concurrency import bounded_map
@@ -66,7 +66,9 @@ class Hit:
     score: float
 
 
-_Row = tuple[PointId, bytes]  # a point's id, and the point as JSON
+class _Row(NamedTuple):
+    id: PointId
+    json: bytes
 
 
 def scroll(
@@ -215,7 +217,7 @@ def upsert(
     remaining = list(_batches(rows, BATCH_POINTS))[::-1]
     while remaining:
         batch = remaining.pop()
-        parts = [part for _, json in batch for part in (b",", json)]
+        parts = [part for row in batch for part in (b",", row.json)]
         try:
             body = Parts([b'{"points":[', *parts[1:], b"]}"])
             q.json("PUT", path, body, params=_WAIT, retry=True, compress=compress)
@@ -224,7 +226,7 @@ def upsert(
             raise
         except QdrantError as error:
             if len(batch) == 1 and error.status in _INVALID_ROW and not _of_the_collection(error):
-                rejected.append(Rejected(batch[0][0], error.text))
+                rejected.append(Rejected(batch[0].id, error.text))
             else:
                 remaining += _split(batch, error)[::-1]
     return rejected
@@ -265,7 +267,7 @@ def _serialized(
             rejected.append(Rejected(point_id, f"its payload is not JSON: {error}"))
             continue
         if len(json) < BATCH_BYTES:
-            rows.append((point_id, json))
+            rows.append(_Row(point_id, json))
         else:
             rejected.append(Rejected(point_id, f"its {len(json)} bytes are more than one request may hold"))
     return rows, rejected
@@ -274,12 +276,12 @@ def _serialized(
 def _batches(rows: Sequence[_Row], points: int) -> Iterator[list[_Row]]:
     batch: list[_Row] = []
     size = 0
-    for point_id, json in rows:
-        if batch and (len(batch) == points or size + len(json) >= BATCH_BYTES):
+    for row in rows:
+        if batch and (len(batch) == points or size + len(row.json) >= BATCH_BYTES):
             yield batch
             batch, size = [], 0
-        batch.append((point_id, json))
-        size += len(json) + 1
+        batch.append(row)
+        size += len(row.json) + 1
     if batch:
         yield batch
 
