@@ -109,7 +109,10 @@ class Unbounded(Exception):
 
 
 class _TimedReader(io.RawIOBase):
-    """Reads of a socket until `deadline` (monotonic seconds): the socket's timeout bounds one byte's wait only."""
+    """Reads of a socket that raise TimeoutError after `deadline` (monotonic seconds; None: no bound).
+
+    The socket's own timeout bounds the wait for one byte, not for all headers.
+    """
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
         self._raw, self._sock, self._timeout = raw, sock, sock.gettimeout()
@@ -144,7 +147,10 @@ def _timed_answer(sock: socket.socket, *args: Any, **more: Any) -> HTTPResponse:
 
 
 def end_by(response: requests.Response, deadline: float) -> None:
-    """Make reads of the body, also of chunk lines, raise TimeoutError after `deadline`, not when the headers' ends."""
+    """Make reads of the body, also of chunk lines and trailers, raise TimeoutError after `deadline` (monotonic).
+
+    Call it before the first read: until then the deadline of the headers counts.
+    """
     # requests itself reads cookies through this private attribute. An answer without a body is closed already.
     answer: Any = response.raw._original_response  # noqa: SLF001
     if answer.fp:

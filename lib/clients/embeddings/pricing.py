@@ -19,9 +19,18 @@ if TYPE_CHECKING:
 # USD per million tokens (https://openai.com/api/pricing, https://docs.voyageai.com/docs/pricing). Voyage's free tokens
 # of each account are not deducted.
 PRICES_AS_OF = "2026-11"
-_PRICES = {"text-embedding-3-small": 0.02, "text-embedding-3-large": 0.13, "text-embedding-ada-002": 0.10}
-_PRICES |= {"voyage-4-large": 0.12, "voyage-4": 0.06, "voyage-4-lite": 0.02}
-_PRICES |= {"voyage-3-large": 0.18, "voyage-3.5": 0.06, "voyage-3.5-lite": 0.02, "voyage-code-3": 0.18}
+_PRICES = {
+    "text-embedding-3-small": 0.02,
+    "text-embedding-3-large": 0.13,
+    "text-embedding-ada-002": 0.10,
+    "voyage-4-large": 0.12,
+    "voyage-4": 0.06,
+    "voyage-4-lite": 0.02,
+    "voyage-3-large": 0.18,
+    "voyage-3.5": 0.06,
+    "voyage-3.5-lite": 0.02,
+    "voyage-code-3": 0.18,
+}
 FREE = {OLLAMA: "free: runs on your Ollama server", LOCAL: "free: runs on this machine"}
 # The most tokens of one text.
 OPENAI_INPUT_TOKENS, VOYAGE_INPUT_TOKENS = 8192, 32_000

@@ -55,10 +55,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class EmbedProgress:
-    """How far a call of `embed_missing` is, or what it did; `cut` names texts embedded without their end.
+    """How far a call of `embed_missing` is, or what it did.
 
     `tokens` are all billed ones, `discarded` those of them whose vectors are not stored yet (at the end: never).
-    `waiting_seconds` is above 0 while a rate limit delays all requests.
+    `waiting_seconds` is above 0 while a rate limit delays all requests. `cut` names texts embedded without their end.
     """
 
     embedded: int = 0

@@ -218,9 +218,9 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
         why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
         why = "it is a redis without the module" if "unknown command" in text else why
         return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
-    step = f"raise the server's time limit, in redis-cli:\n{RAISE_TIMEOUT}\nthen run the same command again"
-    text, step = f"FalkorDB at {where} answered with an error: {text}", step if _TIMED_OUT in text else ""
-    return StoreFailed(text, next_step=step)
+    raise_limit = f"raise the server's time limit, in redis-cli:\n{RAISE_TIMEOUT}\nthen run the same command again"
+    step = raise_limit if _TIMED_OUT in text else ""
+    return StoreFailed(f"FalkorDB at {where} answered with an error: {text}", next_step=step)
 
 
 def access_refused(where: str, text: str) -> AccessRefused:

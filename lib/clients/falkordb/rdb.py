@@ -182,9 +182,17 @@ def inspect_rdb(path: Path) -> RdbFacts:
         raise BackupDamaged(f"{path.name} is cut off: it does not end like an RDB file")
     if stored not in {0, computed}:
         raise BackupDamaged(f"{path.name} is damaged: its CRC64 is {stored:016x}, its content makes {computed:016x}")
-    redis, dumped, used = aux.get("redis-ver", ""), aux.get(_DUMP_MARK), aux.get("used-mem", "")
-    memory = int(used) if re.fullmatch(r"[0-9]{1,18}", used) else 0
-    return RdbFacts(version, redis, size, sha256, stored == computed, dumped, encoding, memory)
+    used = aux.get("used-mem", "")
+    return RdbFacts(
+        version=version,
+        redis_version=aux.get("redis-ver", ""),
+        size=size,
+        sha256=sha256,
+        crc_ok=stored == computed,
+        dumped_graph=aux.get(_DUMP_MARK),
+        graph_encoding=encoding,
+        memory=int(used) if re.fullmatch(r"[0-9]{1,18}", used) else 0,
+    )
 
 
 def _checksums(file: BinaryIO, path: Path, size: int) -> tuple[int, int, str]:

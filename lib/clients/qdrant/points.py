@@ -324,7 +324,7 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
 
     It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer.
     """
-    from qdrant_client import QdrantClient, models  # as AutoMem searches
+    from qdrant_client import QdrantClient, models
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     with warnings.catch_warnings():
