@@ -5,8 +5,8 @@ assess and plan (`assess.assess`, before this) > embed > stage > guard and cutov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,7 +25,7 @@ from lib.clients.qdrant.collection import CollectionState, exists, get_state, se
 from lib.clients.qdrant.points import Point, PointId, delete_points, preflight_write, retrieve, scroll
 from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
-from lib.errors import GuardRefused, UsageProblem
+from lib.errors import GuardRefused, StoreUnreachable, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
 from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, reached
@@ -68,6 +68,7 @@ def reembed(
             held.enter_context(ctx.store_lock())
         _embed(ctx, runner)
         journal = _begin(ctx, assessment.journal, manifest)
+        held.enter_context(_incomplete_named(ctx, journal))
         undo = journal.undo or assess.undo_of(_undo_set(ctx, manifest), named=bool(ctx.reason))
         _stage(ctx, journal, assessment, runner)
         if not resumed_after_delete:
@@ -80,6 +81,18 @@ def reembed(
     journal.close("done")
     mark_fresh(ctx.cache, None)  # last: a resumed run would pay again
     return done, files
+
+
+@contextmanager
+def _incomplete_named(ctx: Context, journal: Journal) -> Iterator[None]:
+    """Add to an error of a server that does not answer, after the delete, what is missing, and how to resume."""
+    try:
+        yield
+    except StoreUnreachable as error:
+        if journal.has_reached(phases.DELETING) and not journal.has_reached(phases.VERIFIED):
+            error.args = (f"{error}\n'{ctx.collection}' was deleted, and its replacement is not complete yet",)
+            error.next_step += f"\nto resume:\n{ctx.again}"
+        raise
 
 
 def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cutover: Cutover, undo: str) -> Finished:

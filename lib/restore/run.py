@@ -16,7 +16,7 @@ from lib.clients.falkordb.swap import drop_graph, write_calls
 from lib.clients.qdrant.collection import health
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress, ProgressBar
-from lib.errors import MigrationError, StoreFailed, StoreUnreachable
+from lib.errors import MigrationError, StoreFailed, StoreUnreachable, listed
 from lib.journal import Journal, open_journals, start_journal
 from lib.restore import collection as collections
 from lib.restore import graph as graphs
@@ -114,7 +114,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
             notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
-            _drop_trials(site, journal, close=not _may_be_busy(journal, error))
+            _drop_trials(site, journal, error)
         raise
     with _collection_named(files, site.again, commands):
         if files.plan:
@@ -327,13 +327,17 @@ def _may_be_busy(journal: Journal, error: BaseException) -> bool:
     return collections.is_unverified(journal) or journal.has_reached(collections.DELETING)
 
 
-def _drop_trials(site: Site, journal: Journal, *, close: bool) -> None:
-    """Nothing live has changed: drop the trial restores. `close` the journal too if surely nothing is left."""
+def _drop_trials(site: Site, journal: Journal, error: BaseException) -> None:
+    """Nothing live has changed: drop the trial restores. Close the journal too if surely nothing is left."""
+    close = not _may_be_busy(journal, error)
     temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
-    with suppress(MigrationError):  # the operator must read the first error
+    try:
         if site.collection and temporary:
             delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
         if site.graph and temporary_graph in list_graphs(site.graph.conn):
             drop_graph(site.graph.conn, temporary_graph)
         if close and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")
+    except MigrationError:  # the operator must read the first error
+        names = listed(filter(None, (temporary, temporary_graph)))
+        error.args = (f"{error}\nmay be left on the servers: {names}. The next restore removes it",)

@@ -147,6 +147,28 @@ def test_fresh_pays_once_however_often_it_is_started(operator):
 
 
 @pytest.mark.core
+def test_a_server_that_dies_after_the_delete_is_reported_with_what_is_missing(operator, own_qdrant):
+    someone = replace(operator, servers=replace(operator.servers, qdrant_url=own_qdrant.url))
+    someone.load(60)
+    before = points_of(someone)
+    someone.run("backup_automem", "--only", "qdrant")
+    upgrade(someone)
+    faults(someone, {"method": "PUT", "path": f"/collections/{someone.collection}/snapshots/recover", "hang": True})
+    process = someone.start("reembed_embeddings", prelude="import lib.reembed.cutover as c\nc._TIMEOUT_SECONDS = 0.1")
+    deleted = "live collection deleted"
+    assert wait_for(lambda: deleted in phases(journal_of(someone, "reembed")), 60)
+    own_qdrant.kill()
+    _, errors = process.communicate(timeout=120)
+    own_qdrant.start()
+    assert process.returncode == 1
+    assert f"'{someone.collection}' was deleted, and its replacement is not complete yet" in errors
+    assert "to resume:\n  " in errors
+    assert errors.rstrip().endswith("scripts/reembed_embeddings.py")
+    someone.run("reembed_embeddings")
+    assert_migrated(someone, before)
+
+
+@pytest.mark.core
 def test_a_provider_that_gives_one_vector_to_every_text_is_refused(operator, monkeypatch):
     from lib.clients.embeddings import client as clients
     from lib.dimensions import EmbeddingSpec

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import orjson
 import requests
 
 from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, one_line
-from lib.network import Unbounded, connect_error, container_hint, is_this_machine, new_session, read_whole
+from lib.network import Unbounded, connect_error, container_hint, is_this_machine, login_of, new_session, read_whole
 
 CONNECT_SECONDS = 10.0
 SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses a request by its headers stops reading
@@ -57,6 +57,11 @@ class NoAnswer(StoreUnreachable):
 def unanswered(error: Exception) -> bool:
     """Whether no answer came from the server itself, so that it may be carrying out the request."""
     return isinstance(error, NoAnswer) or (isinstance(error, QdrantError) and error.status in GATEWAY_ERRORS)
+
+
+def is_down(error: Exception) -> bool:
+    """Whether the server does not answer, so that it may be restarting."""
+    return isinstance(error, StoreUnreachable) or unanswered(error)
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -132,7 +137,7 @@ class Qdrant:
     ) -> None:
         parts = urlsplit(url)
         self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        self.login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
+        self.login = login_of(url)
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
