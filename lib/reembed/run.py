@@ -28,7 +28,7 @@ from lib.dimensions import SETTING_NAMES, is_model_of
 from lib.errors import GuardRefused, StoreUnreachable, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, staging
-from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, reached
+from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, progress_of, reached
 from lib.reembed.cutover import Cutover, cut_over
 from lib.reembed.embed import (
     SAMPLES,
@@ -68,7 +68,7 @@ def reembed(
             held.enter_context(ctx.store_lock())
         _embed(ctx, runner)
         journal = _begin(ctx, assessment.journal, manifest)
-        held.enter_context(_incomplete_named(ctx, journal))
+        held.enter_context(_progress_named(ctx, journal))
         undo = journal.undo or assess.undo_of(_undo_set(ctx, manifest), named=bool(ctx.reason))
         _stage(ctx, journal, assessment, runner)
         if not resumed_after_delete:
@@ -84,13 +84,13 @@ def reembed(
 
 
 @contextmanager
-def _incomplete_named(ctx: Context, journal: Journal) -> Iterator[None]:
-    """Add to an error of a server that does not answer, after the delete, what is missing, and how to resume."""
+def _progress_named(ctx: Context, journal: Journal) -> Iterator[None]:
+    """Add to an error of a server that does not answer, after the delete, what is left, and how to resume."""
     try:
         yield
     except StoreUnreachable as error:
-        if journal.has_reached(phases.DELETING) and not journal.has_reached(phases.VERIFIED):
-            error.args = (f"{error}\n'{ctx.collection}' was deleted, and its replacement is not complete yet",)
+        if journal.has_reached(phases.DELETING):
+            error.args = (f"{error}\n'{ctx.collection}': {progress_of(journal)}",)
             error.next_step += f"\nto resume:\n{ctx.again}"
         raise
 

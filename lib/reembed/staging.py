@@ -76,6 +76,7 @@ def stage(
         if repaired:
             _wait_for_index(ctx, ctx.staged, changed=True)
         state = get_state(ctx.qdrant, ctx.staged)
+    _require_optimizer(ctx, state)
     journal.append(STAGED, points=state.points, proved=True)
     return state
 
@@ -115,7 +116,7 @@ def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) 
 
 
 def _wait_for_index(ctx: Context, collection: str, stop: CancelToken | None = None, *, changed: bool) -> bool:
-    """Wait up to an hour until the index is built. Returns whether it is. Raises Cancelled if `stop` is set.
+    """Wait until the index is built, at most an hour. Returns whether it is. Raises Cancelled if `stop` is set.
 
     `changed`: the server may not have noticed yet that the index must be built.
     """
@@ -124,6 +125,17 @@ def _wait_for_index(ctx: Context, collection: str, stop: CancelToken | None = No
         with ctx.bar("wait for the index", None, ""):
             state = collections.wait_green(ctx.qdrant, collection, INDEX_SECONDS, stop)
     return state.optimized
+
+
+def _require_optimizer(ctx: Context, staged: CollectionState) -> None:
+    """Raise StoreFailed if the server failed to build the index: it would fail under the live name, too."""
+    if not staged.optimizer_ok:
+        raise StoreFailed(
+            f"the Qdrant server cannot build the index of '{staged.name}' ({staged.status}): {staged.optimizer_status}"
+            f"\n'{ctx.collection}' is unchanged",
+            next_step="look at Qdrant's log, and restart Qdrant when the cause is gone:\n"
+            "docker compose restart qdrant\nthen run the same command again: nothing is paid for twice",
+        )
 
 
 def has_staged(ctx: Context, journal: Journal) -> bool:

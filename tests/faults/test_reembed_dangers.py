@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import requests
 
+from lib.backup.phases import RESTORING_STAGED
 from tests.operator_support import LARGE, OLD_SIZE, Operator
 from tests.reembed_support import assert_migrated, embeddable, make_rich, points_of, upgrade
 from tests.restore_support import faults, journal_of, phases, wait_for
@@ -155,13 +156,12 @@ def test_a_server_that_dies_after_the_delete_is_reported_with_what_is_missing(op
     upgrade(someone)
     faults(someone, {"method": "PUT", "path": f"/collections/{someone.collection}/snapshots/recover", "hang": True})
     process = someone.start("reembed_embeddings", prelude="import lib.reembed.cutover as c\nc._TIMEOUT_SECONDS = 0.1")
-    deleted = "live collection deleted"
-    assert wait_for(lambda: deleted in phases(journal_of(someone, "reembed")), 60)
+    assert wait_for(lambda: RESTORING_STAGED in phases(journal_of(someone, "reembed")), 60)
     own_qdrant.kill()
     _, errors = process.communicate(timeout=120)
     own_qdrant.start()
     assert process.returncode == 1
-    assert f"'{someone.collection}' was deleted, and its replacement is not complete yet" in errors
+    assert f"'{someone.collection}': the old collection is deleted; the staged one was being put in its place" in errors
     assert "to resume:\n  " in errors
     assert errors.rstrip().endswith("scripts/reembed_embeddings.py")
     someone.run("reembed_embeddings")
