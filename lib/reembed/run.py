@@ -85,10 +85,10 @@ def reembed(
 
 @contextmanager
 def _progress_named(ctx: Context, journal: Journal) -> Iterator[None]:
-    """Add to an error of a server that does not answer, after the delete, what is left, and how to resume."""
+    """Add to an error of a server, from the delete on, how far the run came, and how to resume."""
     try:
         yield
-    except StoreUnreachable as error:
+    except (StoreUnreachable, QdrantError) as error:
         if journal.has_reached(phases.DELETING):
             error.args = (f"{error}\n'{ctx.collection}': {progress_of(journal)}",)
             error.next_step += f"\nto resume:\n{ctx.again}"

@@ -156,7 +156,8 @@ def wait_green(q: Qdrant, name: str, seconds: float, stop: CancelToken | None = 
 
     If the optimizer is idle or stopped with an error, an empty update starts it
     (https://qdrant.tech/documentation/concepts/collections/); 1.11.3 keeps an error until it is restarted. An error
-    that stays ends the wait after a minute. Raises QdrantError if the server's disk is full, Cancelled if `stop` is set.
+    that stays ends the wait after a minute. Raises QdrantError if the server's disk is full, Cancelled if `stop` is
+    set.
     """
     deadline = time.monotonic() + seconds
     stable, tried_again = 0, False
