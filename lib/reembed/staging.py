@@ -87,7 +87,7 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     like, aliases = settings_and_aliases(ctx, journal, live)
     same = has_staged(ctx, journal) and collections.same_settings(journal.fact("staged_like"), like)
     condition = collections.health(ctx.qdrant, ctx.staged)
-    if condition != "missing" and not (condition == "live" and same):
+    if condition != "missing" and not (condition == "live" and same and _was_created_like(ctx, like)):
         delete_with_snapshots(ctx.qdrant, ctx.staged)
     facts = {"staged_collection": ctx.staged, "staged_like": like, "aliases": aliases}
     journal.append(STAGING, **facts, snapshot=None, proved=False)
@@ -96,6 +96,16 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     else:
         # One index of all points takes the server less time than indexes of parts, which it builds and merges.
         collections.create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, stamp(ctx.spec), indexed=False)
+
+
+def _was_created_like(ctx: Context, like: dict[str, Any]) -> bool:
+    """Return whether the staged collection still has the settings that it was created with, but maybe no index yet."""
+    raw = get_state(ctx.qdrant, ctx.staged).raw
+    optimizers = {**raw["config"]["optimizer_config"]}
+    optimizers["indexing_threshold"] = like["config"]["optimizer_config"].get("indexing_threshold")
+    config = {**raw["config"], "optimizer_config": optimizers}
+    schema = like.get("payload_schema")
+    return collections.same_settings(like, {"config": config, "payload_schema": schema}, but_size=True)
 
 
 def _begin_indexing(ctx: Context, journal: Journal) -> bool:

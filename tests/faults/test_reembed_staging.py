@@ -439,6 +439,16 @@ def test_a_disk_that_fills_while_the_index_is_built_leaves_the_live_collection_u
     assert_migrated(ready, points)
 
 
+@pytest.mark.core
+def test_settings_of_the_staged_collection_that_somebody_changed_are_not_taken_over(ready):
+    before, wanted = points_of(ready), settings(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    ready.call("PATCH", "__next", {"hnsw_config": {"m": 77}})
+    ready.run("reembed_embeddings")
+    assert settings(ready) == wanted
+    assert_migrated(ready, before)
+
+
 class FailingOptimizer(HttpProxy):
     """A server that has too few open files for the optimizer of the staged collection, until it is `mended`."""
 

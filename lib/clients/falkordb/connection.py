@@ -43,6 +43,10 @@ _READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LI
 # What redis-py and the functions here raise if a reply has another form than FalkorDB's.
 _MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _TIMED_OUT = "Query timed out"
+RAISE_TIME_LIMIT = (
+    "GRAPH.CONFIG SET TIMEOUT 60000\nor, if it calls that one deprecated:\n"
+    "GRAPH.CONFIG SET TIMEOUT_MAX 60000\nGRAPH.CONFIG SET TIMEOUT_DEFAULT 60000"
+)
 # This refusal comes before the command is executed, so every command may be sent again.
 _QUEUE_FULL = "Max pending queries exceeded"
 NO_KEY = "permissions to access"  # of a user who may send a command, but not about this key
@@ -225,7 +229,7 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
         why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
         why = "it is a redis without the module" if "unknown command" in text else why
         return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
-    raise_limit = "raise the server's time limit, in redis-cli:\nGRAPH.CONFIG SET TIMEOUT 60000"
+    raise_limit = f"raise the server's time limit, in redis-cli:\n{RAISE_TIME_LIMIT}"
     step = f"{raise_limit}\nthen run the same command again" if _TIMED_OUT in text else ""
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}", next_step=step)
 
