@@ -331,13 +331,14 @@ def _drop_trials(site: Site, journal: Journal, error: BaseException) -> None:
     """Nothing live has changed: drop the trial restores. Close the journal too if surely nothing is left."""
     close = not _may_be_busy(journal, error)
     temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
+    left = [one for one in (temporary, temporary_graph) if one]
     try:
         if site.collection and temporary:
             delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
+            left.remove(temporary)
         if site.graph and temporary_graph in list_graphs(site.graph.conn):
             drop_graph(site.graph.conn, temporary_graph)
         if close and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")
     except MigrationError:  # the operator must read the first error
-        names = listed(filter(None, (temporary, temporary_graph)))
-        error.args = (f"{error}\nmay be left on the servers: {names}. The next restore removes it",)
+        error.args = (f"{error}\nmay be left on the servers: {listed(left)}. The next restore removes it",)

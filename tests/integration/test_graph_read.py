@@ -151,6 +151,16 @@ def test_the_step_also_helps_on_a_server_with_the_newer_time_limits(engine: Engi
         assert len(read_rows(conn, "g", slow)) == 1
 
 
+def test_the_next_step_after_a_query_that_took_too_much_memory_lets_it_end(conn: redis.Redis):
+    write(conn, "g", "CREATE (:A)")
+    large = "UNWIND range(1, 300000) AS x WITH collect(x) AS all RETURN size(all)"
+    command(conn, "GRAPH.CONFIG", "SET", "QUERY_MEM_CAPACITY", 1 << 20)
+    with pytest.raises(StoreFailed, match="mem consumption exceeded") as caught:
+        read_rows(conn, "g", large)
+    command(conn, *caught.value.next_step.splitlines()[1].split())
+    assert read_rows(conn, "g", large) == [[300000]]
+
+
 def test_a_short_query_that_a_busy_server_cut_is_sent_once_more(conn: redis.Redis):
     write(conn, "g", "CREATE (:A)")
     address = conn.connection_pool.connection_kwargs

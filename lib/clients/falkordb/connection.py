@@ -231,6 +231,9 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
         return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
     raise_limit = f"raise the server's time limit, in redis-cli:\n{RAISE_TIME_LIMIT}"
     step = f"{raise_limit}\nthen run the same command again" if _TIMED_OUT in text else ""
+    if "mem consumption exceeded" in text:
+        step = "lift the server's limit of a query's memory, in redis-cli:\nGRAPH.CONFIG SET QUERY_MEM_CAPACITY 0\n"
+        step += "then run the same command again"
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}", next_step=step)
 
 
