@@ -28,6 +28,9 @@ OLLAMA_URL = "http://localhost:11434"
 _QDRANT_PORT = 6333  # of a URL that names none, as in qdrant-client's qdrant_remote.py and so in AutoMem
 # What examples have in the place of a key: sk-proj-your-key-here, <key>, ...
 _PLACEHOLDER = re.compile(r"your[\w -]*key|^<.*>$|\.\.\.$|^x+$|^change.?me", re.IGNORECASE)
+# Qdrant refuses these in a collection's name. A file of Qdrant's has the name in its own, with up to 70 bytes more for
+# `__next`, the node, the time and its endings; a file's name has 255 bytes (1.11.3 and 1.19.0).
+_NOT_IN_COLLECTION, _COLLECTION_BYTES = set('<>:"\\|?*'), 180
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -173,6 +176,15 @@ class Reader:
             self.fault(name, "means a folder in a URL, so that no collection of this name can be reached")
         return value
 
+    def collection(self, name: str) -> str:
+        """Return the collection's name, of which Qdrant can also make snapshots and temporary collections."""
+        value = self.name(name)
+        if found := sorted(set(value) & _NOT_IN_COLLECTION):
+            self.fault(name, f"has characters that Qdrant permits in no name: {' '.join(found)}")
+        if len(os.fsencode(value)) > _COLLECTION_BYTES:
+            self.fault(name, f"is longer than {_COLLECTION_BYTES} bytes: Qdrant cannot make snapshots of it")
+        return value
+
     def model(self, name: str) -> str:
         """Return a model's name."""
         value = self.text(name).strip()
@@ -228,7 +240,7 @@ class Config:
     qdrant_port: str = _setting("QDRANT_PORT", str(_QDRANT_PORT), Reader.text)
     qdrant_node_urls: tuple[str, ...] = _setting("QDRANT_NODE_URLS", "", Reader.urls, shown=False)
     qdrant_api_key: str = _setting("QDRANT_API_KEY", "", Reader.header, shown=False)
-    collection: str = _setting("QDRANT_COLLECTION", "memories", Reader.name)
+    collection: str = _setting("QDRANT_COLLECTION", "memories", Reader.collection)
     qdrant_timeout: float = _setting("QDRANT_TIMEOUT_SECONDS", "60", partial(Reader.number, low=1, high=86400))
     vector_size: int = _setting("VECTOR_SIZE", "3072", Reader.size)
     older_vector_size: str = _setting("QDRANT_VECTOR_SIZE", "", Reader.text)  # used by `size` alone

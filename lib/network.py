@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 if TYPE_CHECKING:
     from http.client import HTTPResponse
@@ -87,6 +87,12 @@ def without_login(url: str) -> str:
     """Return the URL without user and password, as it may be shown."""
     scheme, mark, rest = url.partition("://")
     return f"{scheme}{mark}{rest.rpartition('@')[2]}" if mark else url.rpartition("@")[2]
+
+
+def login_of(url: str) -> tuple[str, str] | None:
+    """Return user and password of the URL, or None if it has no login."""
+    parts = urlsplit(url)
+    return (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
 
 
 def without_password(url: str) -> str:

@@ -21,7 +21,7 @@ from lib.backup.catalog import Deployment, find_set, latest, manifest_paths, new
 from lib.backup.collection import CollectionVerification, verify_collection
 from lib.backup.copy_store import OffsiteStore, is_url, open_offsite
 from lib.backup.graph import GraphVerification, verify_graph
-from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, Manifest, read_manifest
+from lib.backup.manifest import CHECKED, GRAPH_DIR, GraphComponent, Manifest, NewerFormat, read_manifest
 from lib.clients.falkordb.rdb import is_rdb
 from lib.clients.falkordb.scratch import Engine
 from lib.concurrency import ProgressBar
@@ -145,6 +145,8 @@ def _verify_set(path: Path, engines: list[Engine]) -> list[FileVerification]:
     try:
         manifest = read_manifest(path)
         _compare_times(manifest)
+    except NewerFormat as error:
+        return [FileVerification(path, "unknown", fault=str(error))]
     except (BackupDamaged, BadFile) as error:
         return [FileVerification(path, "damaged", fault=str(error))]
     checked = []

@@ -30,6 +30,10 @@ BACKUP, SAFETY = "backup", "safety"  # why a set was taken
 FULL, GRAPH_ONLY, COLLECTION_ONLY, SAFETY_COPY = "full", "graph only", "collection only", "safety copy"
 
 
+class NewerFormat(BadFile):
+    """A manifest of a later version of these scripts."""
+
+
 @dataclass(frozen=True)
 class BackupFile:
     """A file of the set: name relative to the backup folder, bytes, sha256 in hex."""
@@ -222,7 +226,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
     if type(number) is not int or number < 1 or "stamp" not in raw:
         raise BadFile(f"{path} is JSON, but no manifest of a backup")
     if number > FORMAT:
-        raise BadFile(
+        raise NewerFormat(
             f"{path} is of format {number}, this version reads up to {FORMAT}",
             next_step="use the version of these scripts that made it, or a newer one",
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from lib.errors import AccessRefused, StoreFailed, StoreUnreachable, one_line
-from lib.network import Unbounded, connect_error, is_this_machine, new_session, read_whole, without_login
+from lib.network import Unbounded, connect_error, is_this_machine, login_of, new_session, read_whole, without_login
 
 if TYPE_CHECKING:
     import requests
@@ -26,9 +26,9 @@ Presence = Literal["running", "silent", "unresolved", "absent"]
 
 @dataclass(frozen=True)
 class AutoMemApi:
-    """The address of AutoMem's API, and the token, which is not part of the repr."""
+    """The address of AutoMem's API, and the token. A login in the URL is for a proxy. The repr shows neither."""
 
-    url: str
+    url: str = field(repr=False)
     token: str = field(default="", repr=False)
     timeout_seconds: float = 30.0
 
@@ -65,7 +65,7 @@ def _send(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
     """Send one request. Raises requests.RequestException, also for an answer that is too large or too slow."""
     import requests
 
-    with new_session(api.url) as session:
+    with new_session(api.url, login_of(api.url)) as session:
         # A redirect is not followed, since the token would be sent to its target.
         sent |= {"allow_redirects": False, "stream": True}
         response = session.request(method, api.url + path, **sent)
@@ -80,6 +80,8 @@ def _request(api: AutoMemApi, method: str, path: str, **sent: Any) -> Any:
     import requests
 
     headers = {"Authorization": f"Bearer {api.token}"} if api.token else {}
+    if headers and login_of(api.url):  # which takes that header; AutoMem accepts both
+        headers = {"X-API-Key": api.token}
     try:
         return _send(api, method, path, headers=headers, timeout=api.timeout_seconds, **sent)
     except requests.RequestException as error:

@@ -144,12 +144,16 @@ def _others(ctx: Context) -> list[Journal]:
     return [one for one in _open_here(ctx) if one.fact("spec") != spec and not one.has_reached(phases.DELETING)]
 
 
-def resume_notice(journal: Journal) -> str:
-    """Return one line that says how far an unfinished run came."""
+def progress_of(journal: Journal) -> str:
+    """Say how far an unfinished run came."""
     verified = bool(journal.fact("proved"))
     reached = [text for one, text in _PROGRESS if journal.has_reached(one) and (verified or one != phases.STAGED)]
-    done = reached[0] if reached else "nothing was changed on a server"
-    return f"resuming the run of {str(journal.entries[0]['at'])[:16]} UTC: {done}"
+    return reached[0] if reached else "nothing was changed on a server"
+
+
+def resume_notice(journal: Journal) -> str:
+    """Return one line that says how far an unfinished run came."""
+    return f"resuming the run of {str(journal.entries[0]['at'])[:16]} UTC: {progress_of(journal)}"
 
 
 def refuse_other_stores(ctx: Context) -> None:

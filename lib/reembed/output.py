@@ -216,7 +216,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
     for alias in done.aliases_taken:
         console.warn(f"alias '{alias}' was taken by another collection meanwhile: it was left there")
     if not done.indexed:
-        console.warn("the index is not complete after an hour: look at the collection's status, search is slower")
+        console.warn("the index is not complete: look at the collection's status, search is slower")
     spec = ctx.spec
     document = {
         "collection": ctx.collection,

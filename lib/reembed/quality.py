@@ -278,8 +278,12 @@ def compare_sample(ctx: Context, live: str, side: str, rows: Sequence[MemoryRow]
             before = nearest(live, vectors[one], near + 1)
             after = nearest(side, wanted, near + 1)
             old, new = ([hit for hit in hits if hit.id != one][:near] for hits in (before, after))
+            if not (old and new):  # AutoMem has deleted the others meanwhile
+                continue
             pairs.append(([hit.id for hit in old], [hit.id for hit in new]))
             scores.append((old[0].score, new[0].score))
+    if not pairs:
+        return None
     return SampleRecall(
         queries=len(pairs),
         neighbours=near,

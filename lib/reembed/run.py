@@ -5,8 +5,8 @@ assess and plan (`assess.assess`, before this) > embed > stage > guard and cutov
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,10 +25,10 @@ from lib.clients.qdrant.collection import CollectionState, exists, get_state, re
 from lib.clients.qdrant.points import Point, delete_points, preflight_write, retrieve, scroll
 from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
-from lib.errors import GuardRefused, UsageProblem
+from lib.errors import GuardRefused, StoreUnreachable, UsageProblem
 from lib.journal import Journal, start_journal
 from lib.reembed import assess, embed, staging
-from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, reached
+from lib.reembed.context import Context, close_others, mark_fresh, may_mix_models, must_forget, progress_of, reached
 from lib.reembed.cutover import Cutover, cut_over
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
@@ -60,6 +60,7 @@ def reembed(
             held.enter_context(ctx.store_lock())
         _embed(ctx, runner)
         journal = _begin(ctx, assessment.journal, manifest)
+        held.enter_context(_progress_named(ctx, journal))
         undo = journal.undo or assess.undo_of(_undo_set(ctx, manifest), named=bool(ctx.reason))
         _stage(ctx, journal, assessment, runner)
         if not resumed_after_delete:
@@ -72,6 +73,18 @@ def reembed(
     journal.close("done")
     mark_fresh(ctx.cache, None)  # last: a resumed run would pay again
     return done, files
+
+
+@contextmanager
+def _progress_named(ctx: Context, journal: Journal) -> Iterator[None]:
+    """Add to an error of a server, from the delete on, how far the run came, and how to resume."""
+    try:
+        yield
+    except (StoreUnreachable, QdrantError) as error:
+        if journal.has_reached(phases.DELETING):
+            error.args = (f"{error}\n'{ctx.collection}': {progress_of(journal)}",)
+            error.next_step += f"\nto resume:\n{ctx.again}"
+        raise
 
 
 def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cutover: Cutover, undo: str) -> Finished:

@@ -76,6 +76,7 @@ def stage(
         if repaired:
             _wait_for_index(ctx, ctx.staged, changed=True)
         state = get_state(ctx.qdrant, ctx.staged)
+    _require_optimizer(ctx, state)
     journal.append(STAGED, points=state.points, proved=True)
     return state
 
@@ -86,7 +87,7 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     like, aliases = settings_and_aliases(ctx, journal, live)
     same = has_staged(ctx, journal) and collections.same_settings(journal.fact("staged_like"), like)
     condition = collections.health(ctx.qdrant, ctx.staged)
-    if condition != "missing" and not (condition == "live" and same):
+    if condition != "missing" and not (condition == "live" and same and _was_created_like(ctx, like)):
         delete_with_snapshots(ctx.qdrant, ctx.staged)
     facts = {"staged_collection": ctx.staged, "staged_like": like, "aliases": aliases}
     journal.append(STAGING, **facts, snapshot=None, proved=False)
@@ -95,6 +96,16 @@ def _create_staged(ctx: Context, journal: Journal, live: CollectionState) -> Non
     else:
         # One index of all points takes the server less time than indexes of parts, which it builds and merges.
         collections.create_like(ctx.qdrant, ctx.staged, like, ctx.spec.size, stamp(ctx.spec), indexed=False)
+
+
+def _was_created_like(ctx: Context, like: dict[str, Any]) -> bool:
+    """Return whether the staged collection still has the settings that it was created with, but maybe no index yet."""
+    raw = get_state(ctx.qdrant, ctx.staged).raw
+    optimizers = {**raw["config"]["optimizer_config"]}
+    optimizers["indexing_threshold"] = like["config"]["optimizer_config"].get("indexing_threshold")
+    config = {**raw["config"], "optimizer_config": optimizers}
+    schema = like.get("payload_schema")
+    return collections.same_settings(like, {"config": config, "payload_schema": schema}, but_size=True)
 
 
 def _begin_indexing(ctx: Context, journal: Journal) -> bool:
@@ -115,7 +126,7 @@ def settings_and_aliases(ctx: Context, journal: Journal, live: CollectionState) 
 
 
 def _wait_for_index(ctx: Context, collection: str, stop: CancelToken | None = None, *, changed: bool) -> bool:
-    """Wait up to an hour until the index is built. Returns whether it is. Raises Cancelled if `stop` is set.
+    """Wait until the index is built, at most an hour. Returns whether it is. Raises Cancelled if `stop` is set.
 
     `changed`: the server may not have noticed yet that the index must be built.
     """
@@ -124,6 +135,17 @@ def _wait_for_index(ctx: Context, collection: str, stop: CancelToken | None = No
         with ctx.bar("wait for the index", None, ""):
             state = collections.wait_green(ctx.qdrant, collection, INDEX_SECONDS, stop)
     return state.optimized
+
+
+def _require_optimizer(ctx: Context, staged: CollectionState) -> None:
+    """Raise StoreFailed if the server failed to build the index: it would fail under the live name, too."""
+    if not staged.optimizer_ok:
+        raise StoreFailed(
+            f"the Qdrant server cannot build the index of '{staged.name}' ({staged.status}): {staged.optimizer_status}"
+            f"\n'{ctx.collection}' is unchanged",
+            next_step="look at Qdrant's log, and restart Qdrant when the cause is gone:\n"
+            "docker compose restart qdrant\nthen run the same command again: nothing is paid for twice",
+        )
 
 
 def has_staged(ctx: Context, journal: Journal) -> bool:

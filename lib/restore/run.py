@@ -18,7 +18,7 @@ from lib.clients.falkordb.swap import drop_graph, write_calls
 from lib.clients.qdrant.collection import health
 from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress
-from lib.errors import MigrationError, StoreFailed, StoreUnreachable
+from lib.errors import MigrationError, StoreFailed, StoreUnreachable, listed
 from lib.journal import Journal, open_journals, start_journal
 from lib.restore import collection as collections
 from lib.restore import graph as graphs
@@ -312,13 +312,17 @@ def _drop_trials(site: Site, journal: Journal, error: BaseException) -> None:
     if isinstance(error, MigrationError):
         is_busy = isinstance(error, StoreUnreachable)
     temporary, temporary_graph = journal.fact("temporary_collection"), journal.fact("throwaway_graph")
-    with suppress(MigrationError):  # the operator must read the first error
+    left = [one for one in (temporary, temporary_graph) if one]
+    try:
         if site.collection and temporary:
             delete_with_snapshots(site.collection.qdrant, temporary, site.collection.nodes)
+            left.remove(temporary)
         if site.graph and temporary_graph in list_graphs(site.graph.conn):
             drop_graph(site.graph.conn, temporary_graph)
         if not is_busy and removed(journal) and not collections.aliases_taken_off(journal):
             journal.close("failed, nothing changed")
+    except MigrationError:  # the operator must read the first error
+        error.args = (f"{error}\nmay be left on the servers: {listed(left)}. The next restore removes it",)
 
 
 def clean_up_untouched(

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import requests
 
+from lib.backup.phases import RESTORING_STAGED
 from tests.operator_support import LARGE, OLD_SIZE, Operator
 from tests.reembed_support import assert_migrated, embeddable, make_rich, points_of, upgrade
 from tests.restore_support import faults, journal_of, phases, wait_for
@@ -144,6 +145,27 @@ def test_fresh_pays_once_however_often_it_is_started(operator):
     operator.run("reembed_embeddings", "--fresh")
     texts = len({node["content"] for node in embeddable(operator).values()})
     assert operator.servers.openai.stats()["texts"] == texts + 1  # and one word to verify the key
+
+
+@pytest.mark.core
+def test_a_server_that_dies_after_the_delete_is_reported_with_what_is_missing(operator, own_qdrant):
+    someone = replace(operator, servers=replace(operator.servers, qdrant_url=own_qdrant.url))
+    someone.load(60)
+    before = points_of(someone)
+    someone.run("backup_automem", "--only", "qdrant")
+    upgrade(someone)
+    faults(someone, {"method": "PUT", "path": f"/collections/{someone.collection}/snapshots/recover", "hang": True})
+    process = someone.start("reembed_embeddings", prelude="import lib.reembed.cutover as c\nc._TIMEOUT_SECONDS = 0.1")
+    assert wait_for(lambda: RESTORING_STAGED in phases(journal_of(someone, "reembed")), 60)
+    own_qdrant.kill()
+    _, errors = process.communicate(timeout=120)
+    own_qdrant.start()
+    assert process.returncode == 1
+    assert f"'{someone.collection}': the old collection is deleted; the staged one was being put in its place" in errors
+    assert "to resume:\n  " in errors
+    assert errors.rstrip().endswith("scripts/reembed_embeddings.py")
+    someone.run("reembed_embeddings")
+    assert_migrated(someone, before)
 
 
 @pytest.mark.core

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -16,6 +17,7 @@ from lib.clients.qdrant.restoring import _Body
 from lib.clients.qdrant.transport import QdrantError
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
+from tests.http_proxy import HttpProxy, Request
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, SMALL
 from tests.reembed_rig import COMMAND, LIVE, RECOVER, Rig
 from tests.reembed_support import assert_migrated, embeddable, make_ready, points_of, settings
@@ -435,6 +437,52 @@ def test_a_disk_that_fills_while_the_index_is_built_leaves_the_live_collection_u
     ready.run("reembed_embeddings")
     assert ready.servers.openai.stats()["texts"] == paid
     assert_migrated(ready, points)
+
+
+@pytest.mark.core
+def test_settings_of_the_staged_collection_that_somebody_changed_are_not_taken_over(ready):
+    before, wanted = points_of(ready), settings(ready)
+    ready.run("reembed_embeddings", "--no-switch")
+    ready.call("PATCH", "__next", {"hnsw_config": {"m": 77}})
+    ready.run("reembed_embeddings")
+    assert settings(ready) == wanted
+    assert_migrated(ready, before)
+
+
+class FailingOptimizer(HttpProxy):
+    """A server that has too few open files for the optimizer of the staged collection, until it is `mended`."""
+
+    mended = False
+
+    def open(self) -> None:
+        pass
+
+    def answer(self, request: Request, body: bytes) -> None:
+        status, headers, content = request.forward(body)
+        if request.command == "GET" and request.path.endswith("__next"):
+            answer = json.loads(content)
+            if status == 200 and not self.mended:
+                error = {"error": "Service internal error: Too many open files"}
+                answer["result"] |= {"status": "red", "optimizer_status": error}
+            content = json.dumps(answer).encode()
+        request.reply(status, headers, content)
+
+
+@pytest.mark.core
+def test_a_collection_is_not_replaced_by_one_whose_index_cannot_be_built(ready, monkeypatch):
+    monkeypatch.setattr("lib.clients.qdrant.collection.FAILING_SECONDS", 0.2)
+    before, url = ready.state(), urlsplit(ready.servers.qdrant_url)
+    with FailingOptimizer(url.hostname, url.port) as proxy:
+        ready.export(QDRANT_URL=proxy.url)
+        ready.run("backup_automem", "--only", "qdrant")
+        failed = ready.run("reembed_embeddings", expect=1)
+        assert "cannot build the index" in failed.err
+        assert "Too many open files" in failed.err
+        assert f"'{ready.collection}' is unchanged" in failed.err
+        assert ready.state() == before
+        points, proxy.mended = points_of(ready), True
+        ready.run("reembed_embeddings")
+        assert_migrated(ready, points)
 
 
 def test_points_that_are_missing_end_the_wait_for_the_index(ready, monkeypatch):

@@ -6,11 +6,12 @@ import errno
 import json
 import shutil
 import socket
+from base64 import b64encode
 
 import pytest
 
 from lib.clients.automem import AutoMemApi, ask_health, recall
-from lib.errors import StoreUnreachable
+from lib.errors import AccessRefused, StoreUnreachable
 from lib.journal import open_journals
 from tests.http_proxy import HttpProxy
 from tests.matrix import matrix
@@ -72,6 +73,30 @@ def test_no_proxy_is_asked_for_an_automem_of_this_machine(ready, service, status
         ready.export(AUTOMEM_API_URL=service.url.replace("127.0.0.1", "localhost"), **{variable: proxy.url})
         assert "AutoMem is running" in refused_restore(ready)
         assert proxy.asked == 0
+
+
+class Login(HttpProxy):
+    """A proxy in front of AutoMem that asks for a login."""
+
+    def open(self) -> None:
+        pass
+
+    def answer(self, request, body) -> None:
+        login = request.headers["Authorization"] == f"Basic {b64encode(b'me:s3:cret').decode()}"
+        request.reply(*request.forward(body) if login else (401, [], b""))
+
+
+def test_a_login_in_the_address_is_sent_and_the_token_with_it(stores):
+    env = {**stores.environ, "AUTOMEM_API_TOKEN": "t0ken"}
+    with AutoMemServer(env=env) as automem, Login("127.0.0.1", int(automem.url.rpartition(":")[2])) as proxy:
+        url = proxy.url.replace("//", "//me:s3%3Acret@")
+        api = AutoMemApi(url, "t0ken")
+        assert ask_health(api).presence == "running"
+        recall(api, "x", 1)
+        with pytest.raises(AccessRefused):
+            recall(AutoMemApi(url, "another"), "x", 1)
+        assert "s3" not in repr(api)
+        assert ask_health(AutoMemApi(proxy.url)).presence == "silent"
 
 
 @pytest.mark.parametrize("status", matrix([401, 403, 407, 429, 500, 502, 503, 504], 401, 502))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import redis
@@ -82,7 +83,9 @@ def test_a_cap_that_allows_no_row_is_reported(conn: redis.Redis):
     with pytest.raises(StoreFailed, match="cuts even the smallest result") as caught:
         list(iter_memories(conn, "g"))
     before = int(conn.execute_command("GRAPH.CONFIG", "GET", "TIMEOUT")[1])  # Docker's
-    for line in caught.value.next_step.splitlines()[1:]:
+    this_server, _, newer = caught.value.next_step.partition("\nor, if it calls that one deprecated:\n")
+    assert len(newer.splitlines()) == 2
+    for line in this_server.splitlines()[1:]:
         conn.execute_command(*line.split())
     assert int(conn.execute_command("GRAPH.CONFIG", "GET", "TIMEOUT")[1]) > before
     assert len(list(iter_memories(conn, "g"))) == 5
@@ -131,6 +134,31 @@ def test_the_next_step_after_a_query_that_the_server_cut_by_its_time_limit_lets_
         read_rows(conn, "g", slow)
     command(conn, *caught.value.next_step.splitlines()[1].split())
     assert len(read_rows(conn, "g", slow)) == 1
+
+
+def test_the_step_also_helps_on_a_server_with_the_newer_time_limits(engine: Engine, tmp_path: Path):
+    limits = "TIMEOUT_MAX 20 TIMEOUT_DEFAULT 20"
+    with FalkorServer(tmp_path, engine=engine, limits=limits) as server, closing(connect(server.address)) as conn:
+        write(conn, "g", "CREATE (:A)")
+        slow = "UNWIND range(1, 1000000) AS x RETURN sum(x % 7)"
+        with pytest.raises(StoreFailed, match="timed out") as caught:
+            read_rows(conn, "g", slow)
+        older, *newer = (line.split() for line in caught.value.next_step.splitlines() if line.startswith("GRAPH"))
+        with pytest.raises(StoreFailed, match="deprecated"):
+            command(conn, *older)
+        for words in newer:
+            command(conn, *words)
+        assert len(read_rows(conn, "g", slow)) == 1
+
+
+def test_the_next_step_after_a_query_that_took_too_much_memory_lets_it_end(conn: redis.Redis):
+    write(conn, "g", "CREATE (:A)")
+    large = "UNWIND range(1, 300000) AS x WITH collect(x) AS all RETURN size(all)"
+    command(conn, "GRAPH.CONFIG", "SET", "QUERY_MEM_CAPACITY", 1 << 20)
+    with pytest.raises(StoreFailed, match="mem consumption exceeded") as caught:
+        read_rows(conn, "g", large)
+    command(conn, *caught.value.next_step.splitlines()[1].split())
+    assert read_rows(conn, "g", large) == [[300000]]
 
 
 def test_a_short_query_that_a_busy_server_cut_is_sent_once_more(conn: redis.Redis):

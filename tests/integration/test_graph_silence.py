@@ -99,7 +99,6 @@ def test_what_takes_long_is_waited_for(conn):
 def test_a_write_to_a_server_that_stops_ends(server, monkeypatch, payload):
     """The peer keeps the connection open, so that keep-alive notices nothing."""
     monkeypatch.setattr(connection, "WRITE_SECONDS", READ_SECONDS)
-    monkeypatch.setattr(connection, "_WHOLE_WRITE_SECONDS", 2 * READ_SECONDS)
     with connect(GraphAddress("127.0.0.1", server.server_address[1])) as conn:
         server.silent.set()
         server.deaf.set()

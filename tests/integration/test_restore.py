@@ -15,6 +15,7 @@ import requests
 from lib.backup.manifest import sealed
 from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.swap import drop_graph
+from tests.faulty_proxy import Fault, FaultyProxy
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, SMALL, Operator
 from tests.qdrant_uploads import repacked
@@ -406,3 +407,19 @@ def test_a_backup_of_another_server_is_reported_before_the_cutover(operator):
         assert "was taken from 10.1.2.3:6379, it goes to 127.0.0.1" in err
     safety = str(operator.manifests()[-1])
     assert "was taken from" not in operator.run("restore_from_backup", safety, "--dry-run").err
+
+
+def test_a_trial_that_cannot_be_removed_is_named_and_the_next_run_removes_it(operator):
+    operator.load(60)
+    operator.run("backup_automem", "--only", "falkordb")
+    loading = b"-LOADING Redis is loading the dataset in memory\r\n"
+    trial = Fault(rb"GRAPH\.(RO_QUERY|DELETE)\r\n\$\d+\r\n\S+__try_", skip=1, times=None, answer=loading)
+    with FaultyProxy(operator.servers.falkordb.port, trial) as proxy:
+        through = {"FALKORDB_PORT": str(proxy.port)}
+        failed = operator.run("restore_from_backup", operator.rdb(), env=through, expect=1)
+        (left,) = [name for name in operator.graphs() if name != operator.graph]
+        assert f"may be left on the servers: {left}. The next restore removes it" in failed.err
+        assert "still loading its data" in failed.err
+        trial.times = trial.hits
+        operator.run("restore_from_backup", operator.rdb(), env=through)
+    assert operator.graphs() == [operator.graph]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from itertools import pairwise
 from urllib.parse import urlsplit
 
 import pytest
+import requests
 
 from tests.http_proxy import HttpProxy, Request
 from tests.kill_support import run_killed
@@ -85,6 +87,31 @@ def test_its_searches_go_the_way_of_all_requests(operator):
         gateway.broken = True
         failed = operator.run("reembed_embeddings", "--limit", "5", env=through, expect=1)
     assert "answered 500: ***:***\\nfailed" in failed.err
+
+
+class Forgetting(HttpProxy):
+    """AutoMem deletes the memories just before they are searched for."""
+
+    def open(self) -> None:
+        pass
+
+    def answer(self, request: Request, body: bytes) -> None:
+        if request.path.endswith("/points/query"):
+            ids = json.loads(body)["filter"]["must"][0]["has_id"]
+            path = request.path.replace("/query", "/delete?wait=true")
+            headers = {"Content-Type": "application/json"}
+            url = f"http://{self.target[0]}:{self.target[1]}{path}"
+            requests.post(url, json={"points": ids}, headers=headers, timeout=60).raise_for_status()
+        request.reply(*request.forward(body))
+
+
+def test_points_that_vanish_meanwhile_are_not_compared(operator):
+    operator.load(30)
+    upgrade(operator)
+    url = urlsplit(operator.servers.qdrant_url)
+    with Forgetting(url.hostname, url.port) as proxy:
+        done = operator.run("reembed_embeddings", "--limit", "5", "--json", env={"QDRANT_URL": proxy.url}).json
+    assert done["recall"] is None
 
 
 @pytest.mark.matrix

@@ -240,6 +240,13 @@ def test_a_fetch_that_fails_creates_nothing(q: Qdrant, names: list[str]):
     assert not collection.exists(q, names[1])
 
 
+def test_a_gateway_that_reports_a_restarting_server_does_not_end_the_wait(q: Qdrant, filled: str):
+    down = Fault(b"GET /collections ", times=6, answer=answer(502, "Bad Gateway"))
+    with FaultyProxy(int(q.base_url.rpartition(":")[2]), down) as proxy:
+        restoring.wait_restored(Qdrant(f"http://127.0.0.1:{proxy.port}", sleep=lambda _: None), filled, 30)
+    assert down.hits == 6
+
+
 def test_a_restore_that_never_comes_is_given_up(q: Qdrant, names: list[str]):
     with pytest.raises(StoreFailed, match="is missing"):
         restoring.wait_restored(q, names[1], 0.1)

@@ -212,6 +212,11 @@ def test_names_and_folders_that_lead_elsewhere_are_faults(load, name, value):
     assert fault.startswith(f"{name}=")
 
 
+def test_a_name_that_its_server_takes_is_no_fault(load):
+    config = load(QDRANT_COLLECTION="ä" * 90, FALKORDB_GRAPH="a:b")
+    assert (config.collection, config.graph) == ("ä" * 90, "a:b")
+
+
 @pytest.mark.parametrize("name", ["AUTOMEM_BACKUP_DIR", "FALKORDB_PASSWORD", "OLLAMA_BASE_URL"])
 def test_a_value_that_is_not_utf8_is_a_fault(load, name):
     """Neither SQLite nor FalkorDB takes it, and no command that names it could be pasted."""
@@ -286,6 +291,8 @@ def test_all_faults_in_one_go(places, load):
         ("FALKORDB_HOST", "[::1]:6379"),
         ("QDRANT_PORT", "abc"),
         ("QDRANT_COLLECTION", "a/b"),
+        ("QDRANT_COLLECTION", "a:b"),
+        ("QDRANT_COLLECTION", "ä" * 91),
         ("FALKORDB_GRAPH", "../g"),
         ("AUTOMEM_BACKUP_DIR", "~nobody-has-this-name/x"),
         ("AUTOMEM_MODELS_DIR", "~nobody-has-this-name/x"),

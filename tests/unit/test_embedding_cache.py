@@ -6,6 +6,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, SavedPoint
-from lib.clients.embeddings.cache_file import CacheDamaged
+from lib.clients.embeddings.cache_file import CacheDamaged, prune_cache
 from lib.dimensions import VOYAGE, EmbeddingSpec
 from tests.cache_support import stored_count
 
@@ -294,6 +295,20 @@ def test_a_damaged_or_foreign_file_is_reported_with_what_to_do(tmp_path):
         db.execute("CREATE TABLE things (x)")
     with pytest.raises(CacheDamaged, match="not an embedding cache"):
         EmbeddingCache(foreign)
+
+
+@pytest.mark.parametrize("name", ["vectors", "memories", "other"])
+def test_a_cache_of_a_newer_version_is_not_to_be_moved_away(tmp_path, name):
+    """Without it every text would be paid for again."""
+    plan = tmp_path / "memories.sqlite3"
+    EmbeddingCache(plan).close()
+    EmbeddingCache(tmp_path / "other.sqlite3").close()
+    with closing(sqlite3.connect(tmp_path / f"{name}.sqlite3")) as db:
+        db.execute("PRAGMA user_version = 2")
+    newer = pytest.raises(CacheDamaged, match=f"{name}.sqlite3 is of format 2, this version reads up to 1")
+    with newer as caught, EmbeddingCache(plan) as cache:
+        prune_cache(cache, tmp_path, dry_run=True)
+    assert "mv " not in caught.value.next_step
 
 
 @pytest.mark.parametrize(("name", "cost"), [("vectors", "its vectors are"), ("memories", "no vector is")])

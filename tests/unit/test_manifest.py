@@ -18,6 +18,7 @@ from lib.backup.catalog import (
     latest,
     newest_with,
 )
+from lib.backup.check import _verify_set
 from lib.backup.copies import catalog_at
 from lib.backup.manifest import (
     CHECKED,
@@ -129,6 +130,8 @@ def test_a_newer_format_is_reported_as_such(tmp_path):
     with pytest.raises(BadFile, match="is of format 2, this version reads up to 1") as caught:
         read_manifest(written.path)
     assert "newer" in caught.value.next_step
+    (checked,) = _verify_set(written.path, [])
+    assert (checked.level, checked.fault) == ("unknown", str(caught.value))
 
 
 @pytest.mark.parametrize("content", [[], {}, "text", 1, None, {"format": "1"}, {"format": 1}, {"name": "package"}])

@@ -444,6 +444,14 @@ def test_an_optimizer_that_stopped_without_room_is_started_once_more_then_it_is_
         assert [method for method, *_ in server.seen] == ["GET", "POST", "PATCH", "GET", "POST"]
 
 
+def test_an_optimizer_that_keeps_failing_is_not_waited_for_to_the_end(monkeypatch):
+    monkeypatch.setattr(collection, "FAILING_SECONDS", 0.0)
+    broken = info({"error": "Service internal error: Too many open files"})
+    with Scripted(broken, ONE, fine()) as server:
+        assert not collection.wait_green(server.qdrant, "x", 3600).optimizer_ok
+        assert [method for method, *_ in server.seen] == ["GET", "POST", "PATCH"]
+
+
 def test_an_optimizer_that_has_room_again_continues():
     well = [info("ok"), ONE] * collection.STABLE_POLLS
     with Scripted(info(NO_ROOM), ONE, fine(), *well) as server:

@@ -84,7 +84,7 @@ class CacheFile:
         empty = self.number(count_tables) == 0
         # No cache has a view or a trigger. A foreign one would run its own SQL, which may never end.
         foreign = self.number(f"{count_tables} WHERE type NOT IN ('table', 'index') OR sql LIKE 'CREATE VIRTUAL%'")
-        if foreign or (not empty and not self.is_of_this_version(schema)):
+        if foreign or (not empty and not self.is_of_this_version(schema, path)):
             step = f"move it away, then run the same command again:\n{moved(path, '.old')}"
             raise CacheDamaged(f"{path} is not an embedding cache of this version of the tool", next_step=step)
         self.db.execute(f"PRAGMA {schema}.journal_mode = WAL")
@@ -102,10 +102,16 @@ class CacheFile:
                 self.db.execute(f"PRAGMA {schema}.application_id = {APPLICATION_ID}")
                 self.db.execute(f"PRAGMA {schema}.user_version = {FORMAT_VERSION}")
 
-    def is_of_this_version(self, schema: str) -> bool:
-        """Whether an attached file is a cache in the format of this version."""
-        found = [self.number(f"PRAGMA {schema}.{name}") for name in ("application_id", "user_version")]
-        return found == [APPLICATION_ID, FORMAT_VERSION]
+    def is_of_this_version(self, schema: str, path: Path) -> bool:
+        """Whether an attached file is a cache in the format of this version. Raises CacheDamaged for a newer one."""
+        maker, version = (self.number(f"PRAGMA {schema}.{name}") for name in ("application_id", "user_version"))
+        if maker == APPLICATION_ID and version > FORMAT_VERSION:
+            raise CacheDamaged(
+                f"{path} is of format {version}, this version reads up to {FORMAT_VERSION}",
+                next_step="use the version of these scripts that made it, or a newer one: without it every text is"
+                " paid for again",
+            )
+        return (maker, version) == (APPLICATION_ID, FORMAT_VERSION)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -322,7 +328,7 @@ def _note_needed(cache: CacheFile, plans: Sequence[Path]) -> None:
         for plan in plans:
             cache.db.execute("ATTACH DATABASE ? AS other", [str(plan)])
             try:
-                if not cache.is_of_this_version("other"):
+                if not cache.is_of_this_version("other", plan):
                     raise CacheDamaged(
                         f"{plan} is no plan of this version of the tool: what it needs is unknown, nothing is removed",
                         next_step=f"move it away, then run the same command again:\n{moved(plan, '.old')}",

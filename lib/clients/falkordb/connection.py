@@ -28,7 +28,6 @@ from lib.network import container_hint, trust_step
 _TIMES = {"TCP_KEEPIDLE": 30, "TCP_KEEPALIVE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 _KEEPALIVE = {getattr(socket, name): value for name, value in _TIMES.items() if hasattr(socket, name)}
 _CORRECT = "correct FALKORDB_HOST, FALKORDB_PORT or FALKORDB_TLS"
-RAISE_TIMEOUT = "GRAPH.CONFIG SET TIMEOUT 60000"  # in redis-cli
 # Also for a connection that broke, or a server that is silent: then it may be running.
 START_HINT = (
     "if it does not run, start it, in AutoMem's folder:\ndocker compose up -d falkordb\n"
@@ -36,7 +35,7 @@ START_HINT = (
 )
 # A server of the Docker image cuts a query at one second, but a large DUMP or RESTORE of another client can delay it.
 READ_SECONDS = 120.0
-WRITE_SECONDS = 3600.0  # a RESTORE or DUMP of 100 MB takes the server seconds
+WRITE_SECONDS = 600.0  # a RESTORE or DUMP of 100 MB takes the server seconds
 # Bounds of a whole reply: bytes, and seconds from the request on. A DUMP is held twice while it arrives.
 _PROBE_BYTES, _READ_BYTES, _DUMP_BYTES = 1 << 20, 512 << 20, 5 << 30
 _WHOLE_READ_SECONDS, _WHOLE_WRITE_SECONDS = 600.0, 6 * 3600.0
@@ -44,6 +43,10 @@ _READS = {"PING", "INFO", "MODULE", "CLIENT", "EXISTS", "PEXPIRETIME", "GRAPH.LI
 # What redis-py and the functions here raise if a reply has another form than FalkorDB's.
 _MISREAD = (AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _TIMED_OUT = "Query timed out"
+RAISE_TIME_LIMIT = (
+    "GRAPH.CONFIG SET TIMEOUT 60000\nor, if it calls that one deprecated:\n"
+    "GRAPH.CONFIG SET TIMEOUT_MAX 60000\nGRAPH.CONFIG SET TIMEOUT_DEFAULT 60000"
+)
 # This refusal comes before the command is executed, so every command may be sent again.
 _QUEUE_FULL = "Max pending queries exceeded"
 NO_KEY = "permissions to access"  # of a user who may send a command, but not about this key
@@ -218,8 +221,11 @@ def _store_failed(error: redis.exceptions.RedisError, where: str, text: str) -> 
         why = "it does not speak the protocol of redis" if text.startswith("Protocol error") else text
         why = "it is a redis without the module" if "unknown command" in text else why
         return StoreFailed(f"what answers at {where} is not FalkorDB: {why}", next_step=_CORRECT)
-    raise_limit = f"raise the server's time limit, in redis-cli:\n{RAISE_TIMEOUT}\nthen run the same command again"
-    step = raise_limit if _TIMED_OUT in text else ""
+    raise_limit = f"raise the server's time limit, in redis-cli:\n{RAISE_TIME_LIMIT}"
+    step = f"{raise_limit}\nthen run the same command again" if _TIMED_OUT in text else ""
+    if "mem consumption exceeded" in text:
+        step = "lift the server's limit of a query's memory, in redis-cli:\nGRAPH.CONFIG SET QUERY_MEM_CAPACITY 0\n"
+        step += "then run the same command again"
     return StoreFailed(f"FalkorDB at {where} answered with an error: {text}", next_step=step)
 
 
@@ -372,8 +378,10 @@ class _BoundedSocket:
 
     def sendall(self, data: bytes) -> None:
         """Send a request; what is received next is its reply."""
-        self._sock.settimeout(self._seconds)  # for all of it
-        self._sock.sendall(data)
+        self._expect_reply()
+        for at in range(0, len(data), _CHECK_BYTES):  # a server that stops reads no further piece
+            self._limit_wait()
+            self._sock.sendall(memoryview(data)[at : at + _CHECK_BYTES])
         self._expect_reply()
 
     def recv(self, size: int, flags: int = 0) -> bytes:

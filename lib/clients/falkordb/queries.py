@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from lib.clients.falkordb.connection import RAISE_TIMEOUT, name_text, read_commands, translated
+from lib.clients.falkordb.connection import RAISE_TIME_LIMIT, name_text, read_commands, translated
 from lib.errors import MissingData, StoreFailed
 
 # The types of values in the server's compact form.
@@ -232,7 +232,7 @@ class _PageReader:
                     raise StoreFailed(
                         f"graph '{self.graph}': the server cuts even the smallest result (RESULTSET_SIZE or TIMEOUT)",
                         next_step="raise both limits, in redis-cli:\n"
-                        f"GRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIMEOUT}",
+                        f"GRAPH.CONFIG SET RESULTSET_SIZE 10000\n{RAISE_TIME_LIMIT}",
                     )
                 yield from self.pages(windows[1:], {**fixed, window.id_name: low})
             elif rows:

@@ -24,6 +24,7 @@ AUTOMEM_INDEXES = ("tags", "tag_prefixes")
 
 POLL_SECONDS = 0.25
 STABLE_POLLS = 3  # the status can be green for a moment between two optimizations
+FAILING_SECONDS = 60.0  # after it was started again, an optimizer that still reports an error has failed
 INDEX_SECONDS = 600.0  # the server answers when the index is built
 
 # Errors (500) of a collection whose shard a restore cleared before it failed or was killed; seen on 1.11.3 and
@@ -146,20 +147,23 @@ def wait_green(q: Qdrant, name: str, seconds: float, stop: CancelToken | None = 
     """Poll until the collection is `optimized` in several polls, at most `seconds`; return the last state.
 
     If the optimizer is idle or stopped with an error, an empty update starts it
-    (https://qdrant.tech/documentation/concepts/collections/); 1.11.3 keeps an error until it is restarted. Raises
-    QdrantError if the server's disk is full, Cancelled if `stop` is set.
+    (https://qdrant.tech/documentation/concepts/collections/); 1.11.3 keeps an error until it is restarted. An error
+    that stays ends the wait after a minute. Raises QdrantError if the server's disk is full, Cancelled if `stop` is
+    set.
     """
     deadline = time.monotonic() + seconds
     stable, tried_again = 0, False
+    well_until = time.monotonic()
     while True:
         state = get_state(q, name)
+        well_until = time.monotonic() if state.optimizer_ok else well_until
         if state.optimizer_idle or not (state.optimizer_ok or tried_again):
             tried_again |= not state.optimizer_ok
             q.json("PATCH", collection_path(name), {"optimizers_config": {}}, retry=True)
         elif reports_full_disk(state.optimizer_status):
             raise QdrantError(q.display, 500, state.optimizer_status)
         stable = stable + 1 if state.optimized else 0
-        if stable >= STABLE_POLLS or time.monotonic() >= deadline:
+        if stable >= STABLE_POLLS or time.monotonic() >= min(deadline, well_until + FAILING_SECONDS):
             return state
         if stop:
             stop.check()

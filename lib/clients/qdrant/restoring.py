@@ -12,9 +12,17 @@ from typing import BinaryIO, cast
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import delete_collection, exists, health
 from lib.clients.qdrant.snapshots import Snapshot, restarted, startup
-from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError, collection_path, is_disk_full, unanswered
+from lib.clients.qdrant.transport import (
+    NoAnswer,
+    Qdrant,
+    QdrantError,
+    collection_path,
+    is_disk_full,
+    is_down,
+    unanswered,
+)
 from lib.concurrency import Progress
-from lib.errors import BackupDamaged, MigrationError, StoreFailed, StoreUnreachable
+from lib.errors import BackupDamaged, MigrationError, StoreFailed
 
 ANSWER_SECONDS = 300.0  # the server answers when the restore has ended; after that the collection is polled
 RESTORE_SECONDS = 1800.0
@@ -155,8 +163,10 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
         new_process = restarted(q, process)
         try:
             state = health(q, collection)
-        except StoreUnreachable:
-            state = "unavailable"  # the server may be restarting
+        except MigrationError as error:
+            if not is_down(error):
+                raise
+            state = "unavailable"
         now = time.monotonic()
         if state == "live":
             return

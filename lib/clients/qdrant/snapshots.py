@@ -15,13 +15,22 @@ from typing import Any
 import requests
 from urllib3.exceptions import HTTPError
 
-from lib.clients.qdrant.transport import PAUSES_SECONDS, NoAnswer, NotFound, Qdrant, collection_path, unanswered
+from lib.clients.qdrant.transport import (
+    PAUSES_SECONDS,
+    NoAnswer,
+    NotFound,
+    Qdrant,
+    collection_path,
+    is_down,
+    unanswered,
+)
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, one_line
 from lib.network import end_by
 
 ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is polled
 CREATE_SECONDS = 1800.0
+RESTART_SECONDS = 120.0  # a server that does not answer meanwhile may be starting again
 POLL_SECONDS = 1.0
 PIECE_BYTES = 1024 * 1024
 PIECE_SECONDS = 600.0  # a connection that brings less than a piece in this time is closed
@@ -111,11 +120,19 @@ def _wait_new(
     q: Qdrant, collection: str, known: Sequence[Snapshot], seconds: float, process: str | None
 ) -> Snapshot | None:
     """Poll for a snapshot that is not `known`. Returns None if the server was restarted and left none."""
-    deadline = time.monotonic() + seconds
+    answered = time.monotonic()
+    deadline = answered + seconds
     seen: Snapshot | None = None
     while time.monotonic() < deadline:
         new_process = restarted(q, process)  # before the list, which then has what the old process made
-        new = [one for one in list_snapshots(q, collection) if one not in known]
+        try:
+            new = [one for one in list_snapshots(q, collection) if one not in known]
+        except MigrationError as error:
+            if not is_down(error) or time.monotonic() - answered > RESTART_SECONDS:
+                raise
+            q.sleep(POLL_SECONDS)
+            continue
+        answered = time.monotonic()
         newest = max(new, key=lambda one: (one.created, one.name), default=None)
         if newest and newest == seen:
             return seen  # unchanged since the last poll, so it is complete

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import orjson
 import requests
@@ -57,6 +57,11 @@ class NoAnswer(StoreUnreachable):
 def unanswered(error: Exception) -> bool:
     """Whether no answer came from the server itself, so that it may be carrying out the request."""
     return isinstance(error, NoAnswer) or (isinstance(error, QdrantError) and error.status in GATEWAY_ERRORS)
+
+
+def is_down(error: Exception) -> bool:
+    """Whether the server does not answer, so that it may be restarting."""
+    return isinstance(error, StoreUnreachable) or unanswered(error)
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -127,7 +132,7 @@ class Qdrant:
     ) -> None:
         parts = urlsplit(url)
         self.base_url = self.display = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-        self.login = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
+        self.login = network.login_of(url)
         self.api_key = api_key
         self.timeout_seconds = timeout_seconds
         self.sleep = sleep
