@@ -89,12 +89,10 @@ def verify_collection(
         if any((one.size, one.distance) != (size, distance) for one in seen if not one.vectors_named):
             raise BackupDamaged(f"{path}: the snapshot is of another configuration than the collection was")
         counted, why_not = copies.counted(lambda: _count_points(path, archive, copies, expected))
-    if counted is None:
-        note = f"checksum, both tar levels, configuration and ids; {why_not}"
-        return CollectionVerification(manifests.CHECKED, note, archive, seen[0])
-    return CollectionVerification(
-        manifests.RESTORED, f"{counted} points counted by Qdrant's own engine", archive, seen[0]
-    )
+    level, note = manifests.CHECKED, f"checksum, both tar levels, configuration and ids; {why_not}"
+    if counted is not None:
+        level, note = manifests.RESTORED, f"{counted} points counted by Qdrant's own engine"
+    return CollectionVerification(level, note, archive, seen[0])
 
 
 class SegmentCopies:

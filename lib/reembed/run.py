@@ -95,9 +95,11 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
         added, complete_at = first.outcome.added, first.complete_at
     else:
         restore_aliases(ctx.qdrant, ctx.collection, journal.fact("aliases") or [])
-    scan, removed = catch_up(ctx, runner, journal), 0
-    with TemporaryIdTable() as touched:
-        last = staging.fill(ctx, journal, touched)
+    removed = 0
+    # The points are read first: what AutoMem wrote into both stores in between would be undone.
+    with TemporaryIdTable() as touched, existing_points(ctx.qdrant, ctx.collection) as existing:
+        scan = catch_up(ctx, runner, journal)
+        last = staging.fill(ctx, journal, touched, existing)
         # AutoMem may have removed memories with their old points alone, also before an earlier start ended.
         if cutover.absent_since is not None or journal.has_reached(phases.DELETING):
             removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
