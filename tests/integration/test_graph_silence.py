@@ -47,7 +47,7 @@ class _Handler(socketserver.StreamRequestHandler):
         for _ in range(int(head[1:] or 0)):
             size = int(self.rfile.readline()[1:])
             if size > 1 << 20 and self.server.deaf.wait(0):
-                time.sleep(10 * SLOW_SECONDS)
+                time.sleep(50 * SLOW_SECONDS)
             words.append(self.rfile.read(size + 2)[:-2])
         return words
 
@@ -100,6 +100,7 @@ def test_a_write_to_a_server_that_stops_ends(server, monkeypatch, payload):
     """The peer keeps the connection open, so that keep-alive notices nothing."""
     monkeypatch.setattr(connection, "WRITE_SECONDS", READ_SECONDS)
     with connect(GraphAddress("127.0.0.1", server.server_address[1])) as conn:
+        command(conn, "RENAME", "g", "h")  # opens the connection for writes
         server.silent.set()
         server.deaf.set()
         began = time.monotonic()
