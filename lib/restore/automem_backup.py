@@ -125,9 +125,8 @@ class PointsPlan(RestorePlan):
         qdrant = self.target.qdrant
         create_default(qdrant, name, self.table.size)
         if name != self.target.collection:
-            collections.set_indexing_threshold(
-                qdrant, name, collections.indexing_threshold(get_state(qdrant, name).raw) * _NO_INDEX
-            )
+            own = collections.indexing_threshold(get_state(qdrant, name).raw)
+            collections.set_indexing_threshold(qdrant, name, own * _NO_INDEX)
         for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
             if progress:
                 progress(size)
@@ -155,9 +154,8 @@ class PointsPlan(RestorePlan):
         for old in snapshots.list_snapshots(qdrant, name):  # of a killed run
             snapshots.delete(qdrant, name, old.name)
         raised = collections.indexing_threshold(get_state(qdrant, name).raw)
-        collections.set_indexing_threshold(
-            qdrant, name, raised // _NO_INDEX or raised
-        )  # so the snapshot has the server's own
+        own = raised // _NO_INDEX or raised  # the server's, for the snapshot
+        collections.set_indexing_threshold(qdrant, name, own)
         made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
         collections.set_indexing_threshold(qdrant, name, raised)
         url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
