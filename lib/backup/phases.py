@@ -157,6 +157,7 @@ def _nodes_left(source: CollectionSource, journal: Journal) -> Iterator[tuple[Qd
 
 
 def _latest(journal: Journal, node: str | None, fact: str) -> dict[str, Any]:
+    """The latest entry about this node that has the fact."""
     return next(one for one in reversed(journal.entries) if one.get("node") == node and fact in one)
 
 

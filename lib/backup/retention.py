@@ -165,6 +165,7 @@ def _sets_in(path: Path) -> set[str]:
 
 
 def _manifests_in(text: str) -> set[str]:
+    """The manifests of all files that a text names."""
     return {f"backup_{stamp}.json" for stamp in re.findall(rf"_({STAMP})\.(?:json|tar\.gz|rdb)\b", text)}
 
 

@@ -339,6 +339,7 @@ def find_backup(folder: Path, guarded: GuardedCollection) -> Manifest | str:
 
 
 def _fault(manifest: Manifest, guarded: GuardedCollection) -> str | None:
+    """Return why this set does not protect the collection, or None."""
     component = manifest.collection
     if component is None:
         return "holds no collection"

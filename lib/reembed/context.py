@@ -213,6 +213,7 @@ def accepted_backup(ctx: Context, journal: Journal | None) -> Manifest | None:
 
 
 def _open_here(ctx: Context) -> list[Journal]:
+    """Return the open journals of these stores, newest first."""
     return open_journals(ctx.folder, ctx.targets, phases.COMMAND)[::-1]
 
 

@@ -202,6 +202,7 @@ class _Axis:
 
 
 def _axes(low: float, high: float, top: float) -> tuple[_Axis, _Axis]:
+    """Return the x axis from `low` to `high`, and the y axis from 0 to `top`."""
     return _Axis(low, high, Plot.left, Plot.right), _Axis(0.0, top, Plot.bottom, Plot.top)
 
 

@@ -90,6 +90,7 @@ def clean_up_graph(target: GraphSource, journal: Journal) -> list[str]:
 
 
 def _digest(target: GraphSource, name: str) -> str:
+    """The digest of a graph, or "" if it does not exist."""
     return graph_digest(target.conn, name).digest if name in list_graphs(target.conn) else ""
 
 

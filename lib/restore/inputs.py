@@ -88,6 +88,7 @@ def read_inputs(words: list[str], folder: Path, owner: Deployment) -> Inputs:
 
 
 def _single(what: str, files: list[Input[C]]) -> Input[C] | None:
+    """The only file of a store, if there is one. Raises BadFile for several files."""
     if len(files) > 1:
         raise BadFile(f"{files[1].path} and {files[0].path} are both of the {what}", next_step="name one of them")
     return files[0] if files else None
