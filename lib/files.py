@@ -67,7 +67,7 @@ def _require_own(path: Path) -> None:
     """
     state = path.stat()
     is_empty = all(one.name == "README.md" or one.name.startswith(".") for one in path.iterdir())
-    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:  # such as `backups/` of a new clone
+    if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:
         path.chmod(0o700)
         state = path.stat()
     if state.st_uid not in trusted_owners():
@@ -269,7 +269,7 @@ def _open_lock_file(path: Path) -> IO[bytes]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         os.fchmod(descriptor, 0o666)
     except FileExistsError:
-        try:  # without O_CREAT, which Linux refuses on another user's file in a sticky folder (fs.protected_regular)
+        try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise _bad_lock_file(path, str(error.strerror)) from error

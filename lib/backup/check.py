@@ -189,7 +189,8 @@ def require_upload_url(url: str, folder: Path, keys: CopyKeys, *, graph: str = "
     `graph` is the one that will be backed up. With `write`, a small file is written there, read back and deleted.
     """
     copies.require_elsewhere(url, folder)
-    if _named(url)[1]:
+    _, named, _ = _named(url)
+    if named:
         last = url.rstrip("/").rpartition("/")[2]
         raise UsageProblem(
             f"a folder '{last}' is read as the name of a backup in the folder above it: sets in it would not be found",

@@ -7,9 +7,11 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from lib.backup.age import SUFFIX, CopyKeys, could_hold, encrypt, key_in, new_key, passphrase, recipients
 from lib.backup.automem_files import listed_files
@@ -58,7 +60,7 @@ def upload(url: str, manifest: Manifest, bar: ProgressBar, keys: CopyKeys = NO_K
                 next_step="take a new backup:\npython scripts/backup_automem.py",
             )
     try:
-        with lock_targets([f"{manifest.name} at {address.shown}"]):  # what is being uploaded is not deleted
+        with _copy_lock(manifest, address.shown):
             store = open_offsite(url, keys)
             if keys.encrypt:
                 sent = _send_encrypted(store, manifest, files, bar)
@@ -85,12 +87,17 @@ def upload_new(
     return upload(url, manifest, bar, keys)
 
 
+def _copy_lock(manifest: Manifest, shown: str) -> AbstractContextManager[None]:
+    """Return the lock of one copy: what is being uploaded is not deleted."""
+    return lock_targets([f"{manifest.name} at {shown}"])
+
+
 def delete_copy(store: OffsiteStore, manifest: Manifest) -> None:
     """Delete a set at the place of copies, plain or encrypted, its manifest first. A set without one is none.
 
     Raises LockHeld while this machine uploads the set, and AccessRefused.
     """
-    with lock_targets([f"{manifest.name} at {store.shown}"]):
+    with _copy_lock(manifest, store.shown):
         existing = _sizes(store, manifest.files)
         names = (manifest.name, *(file.name for file in manifest.files), KEY_FILE.format(stamp=manifest.stamp))
         for one in (spelled for name in names for spelled in (name, name + SUFFIX)):
@@ -182,16 +189,7 @@ def _encrypted(
     public_keys = recipients(keys) if keys.recipients else []
     if not public_keys:
         key_file = KEY_FILE.format(stamp=manifest.stamp)
-        path, words, names = folder / f"{key_file}{SUFFIX}", passphrase(keys), [key_file, *names]
-        if path.exists():
-            with contextlib.suppress(AccessRefused):
-                public_keys = [key_in(path.read_bytes(), words)[0].to_public()]
-            if not public_keys:
-                shutil.rmtree(folder)  # the passphrase was changed since
-        if not public_keys:
-            public_key, data = new_key(words)
-            public_keys = [public_key]
-            write_atomic(private_dir(folder) / path.name, data)
+        public_keys, names = [_set_key(folder / f"{key_file}{SUFFIX}", keys)], [key_file, *names]
     for file in files:
         target = private_dir((folder / file.name).parent) / f"{Path(file.name).name}{SUFFIX}"
         if not target.exists():
@@ -199,6 +197,19 @@ def _encrypted(
                 encrypt(manifest.path.parent / file.name, target, public_keys)
                 progress(file.size)
     return [_file_here(folder / f"{name}{SUFFIX}", f"{name}{SUFFIX}") for name in names]
+
+
+def _set_key(path: Path, keys: CopyKeys) -> Any:
+    """The public key that a set is encrypted for: that of an earlier upload, else a new one. `path` is its key file."""
+    words = passphrase(keys)
+    if path.exists():
+        with contextlib.suppress(AccessRefused):
+            return key_in(path.read_bytes(), words)[0].to_public()
+        shutil.rmtree(path.parent)  # the passphrase was changed since
+    public_key, key_file = new_key(words)
+    private_dir(path.parent)
+    write_atomic(path, key_file)
+    return public_key
 
 
 def upload_command(path: Path, url: str) -> str:
@@ -280,19 +291,22 @@ def is_whole_here(store: OffsiteStore, name: str, folder: Path) -> bool:
 def _missing(manifest: Manifest, data: bytes, folder: Path) -> list[BackupFile]:
     """The files of the set that are not in `folder`. Raises BadFile if another file has one of its names."""
     path, missing = folder / manifest.name, []
-    others = [path] if path.exists() and path.read_bytes() != data else []
+    if path.exists() and path.read_bytes() != data:
+        raise _another(path)
     for file in manifest.files:
         path = folder / file.name
         if not path.exists():
             missing.append(file)
         elif not path.is_file() or _file_here(path, file.name) != file:
-            others.append(path)
-    if others:
-        raise BadFile(
-            f"{others[0]} is here already, and differs from the one of the set to fetch",
-            next_step="fetch into another folder with --backup-dir",
-        )
+            raise _another(path)
     return missing
+
+
+def _another(path: Path) -> BadFile:
+    return BadFile(
+        f"{path} is here already, and differs from the one of the set to fetch",
+        next_step="fetch into another folder with --backup-dir",
+    )
 
 
 def require_fetchable(name: str) -> None:

@@ -14,7 +14,17 @@ from lib.backup import manifest as manifests
 from lib.backup.catalog import Deployment, backup_sets, is_complete
 from lib.backup.manifest import GraphComponent, Manifest
 from lib.console import Console, size_text, table
-from lib.errors import DONE, FAILED, INTERRUPTED, REMAINING, VERIFICATION_FAILED, MigrationError, UsageProblem, one_line
+from lib.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    REMAINING,
+    VERIFICATION_FAILED,
+    MigrationError,
+    UsageProblem,
+    listed,
+    one_line,
+)
 from lib.files import atomic_writer
 
 if TYPE_CHECKING:
@@ -100,9 +110,8 @@ def _warn_left_out(component: GraphComponent, console: Console) -> None:
             f" `PERSIST {component.graph}` in redis-cli removes the expiry"
         )
     if component.functions:
-        names = one_line(", ".join(component.functions))
         console.warn(
-            f"the server has function libraries (GRAPH.UDF): {names}. A restore of the graph does"
+            f"the server has function libraries (GRAPH.UDF): {listed(component.functions)}. A restore of the graph does"
             " not bring them back: save their code"
         )
 

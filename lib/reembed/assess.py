@@ -18,6 +18,7 @@ from lib.backup.manifest import CHECKED, VERIFICATION_LEVELS, CollectionComponen
 from lib.backup.points import TemporaryIdTable, as_id, existing_points
 from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.cache_file import chunks
+from lib.clients.embeddings.pricing import price_of
 from lib.clients.falkordb.connection import require_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
@@ -75,6 +76,11 @@ class Assessment:
     textless: Sequence[str] = ()
     unlike: str = ""
     repair: bool = False
+
+    @property
+    def price(self) -> float | None:
+        """In US dollars; None for a model without a known price."""
+        return price_of(self.missing.tokens, self.spec.model, self.spec.provider)
 
     @property
     def cached(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from lib.backup.catalog import newest_with
 from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.cache_file import Pruned
-from lib.clients.embeddings.pricing import FREE, price_basis, price_of, price_text
+from lib.clients.embeddings.pricing import FREE, price_basis, price_text
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.transport import curl_line
 from lib.console import Console, age_text, size_text, table
@@ -68,7 +68,6 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
             console.warn(text)
     spec, live, missing, scan = ctx.spec, assessment.live.state, assessment.missing, assessment.scan
     backup, none = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display), "none of this collection in"
-    price = price_of(missing.tokens, spec.model, spec.provider)
     now = f"{live.size}d, {live.points:,} points" if live else assessment.live.kind
     action = f"{_action(assessment, ctx, limit)} at {spec.size}d with {spec.model}"
     texts = f"{missing.texts:,} texts, {missing.tokens:,} tokens"
@@ -80,7 +79,7 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
         ("memories", f"{scan.memories:,} in the graph, {scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
         ("to embed", f"{texts}; {assessment.cached:,} already cached or duplicates"),
-        ("price", price_text(price, spec.provider) + price_basis(spec.provider)),
+        ("price", price_text(assessment.price, spec.provider) + price_basis(spec.provider)),
         ("embedding cache", f"{size_text(ctx.cache.size_bytes())} in {ctx.cache.path.parent}"),
         ("server's disk", f"up to {size_text(assessment.disk_peak)}, including the old collection"),
     ]
@@ -163,7 +162,7 @@ def show_tried(tried: Tried, assessment: Assessment, ctx: Context, refused: list
         "endpoint": public_url(spec.base_url),
         "why": ctx.reason,
         **dataclasses.asdict(assessment.missing),
-        "price": price_of(assessment.missing.tokens, spec.model, spec.provider),
+        "price": assessment.price,
         "need_no_purchase": assessment.cached,
         "spool_bytes": ctx.cache.size_bytes(),
         "live": {"size": live.size if live else None, "points": live.points if live else 0},

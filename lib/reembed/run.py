@@ -21,7 +21,7 @@ from lib.clients.embeddings.cache import Missing, TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected
 from lib.clients.embeddings.worker_pool import embed_few, embed_missing
-from lib.clients.qdrant.collection import CollectionState, exists, get_state, restore_aliases, set_metadata
+from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, delete_points, preflight_write, retrieve, scroll
 from lib.clients.qdrant.transport import QdrantError
 from lib.dimensions import SETTING_NAMES, is_model_of
@@ -94,7 +94,7 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
         first = staging.fill(ctx, journal)
         added, complete_at = first.outcome.added, first.complete_at
     else:
-        restore_aliases(ctx.qdrant, ctx.collection, journal.fact("aliases") or [])
+        staging.restore_aliases(ctx, journal)
     removed = 0
     # The points are read first: what AutoMem wrote into both stores in between would be undone.
     with TemporaryIdTable() as touched, existing_points(ctx.qdrant, ctx.collection) as existing:

@@ -246,13 +246,18 @@ def fill(
                 existing=existing,
             )
         complete_at = time.monotonic()
-        aliases_taken = collections.restore_aliases(ctx.qdrant, name, journal.fact("aliases") or [])
+        aliases_taken = restore_aliases(ctx, journal)
         indexed = _wait_for_index(ctx, name, changed=outcome.wrote)
         if settings := journal.fact("settings"):
             collections.put_fan_out(ctx.qdrant, name, settings["config"])
         return Filled(outcome, aliases_taken, indexed, complete_at)
 
     return with_room(ctx, journal, work)
+
+
+def restore_aliases(ctx: Context, journal: Journal) -> list[str]:
+    """Give the collection the aliases that the old one had. Returns those that another collection has taken."""
+    return collections.restore_aliases(ctx.qdrant, ctx.collection, journal.fact("aliases") or [])
 
 
 def verify_points(

@@ -301,7 +301,7 @@ def cut_over(
             plan.fetch(name, copies)
         else:
             plan.upload(name, second_upload, progress)
-        for stem in (second_upload, f"{plan.trial}-old"):  # also what a killed run uploaded
+        for stem in (second_upload, _old_stem(plan)):  # also what a killed run uploaded
             plan.delete_files(name, stem)
     except MigrationError:
         plan.drop_unusable()
@@ -314,7 +314,7 @@ def cut_over(
 
 def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> None:
     """After the cutover of `plan` failed: restore the old collection, which does not exist now, from `saved`."""
-    qdrant, name, stem = saved.target.qdrant, saved.target.collection, f"{plan.trial}-old"
+    qdrant, name, stem = saved.target.qdrant, saved.target.collection, _old_stem(plan)
     try:
         saved.upload(name, stem, None)
         saved.delete_files(name, stem)
@@ -323,6 +323,11 @@ def put_back(plan: RestorePlan, saved: RestorePlan, aliases: Iterable[str]) -> N
         saved.drop_unusable()
         raise
     saved.complete(aliases)
+
+
+def _old_stem(plan: RestorePlan) -> str:
+    """Under which the old collection's snapshots are uploaded when it is put back."""
+    return f"{plan.trial}-old"
 
 
 def is_absent(journal: Journal) -> bool:

@@ -188,6 +188,7 @@ def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Itera
 
 def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _Trials) -> Manifest | None:
     """Back up what is about to be replaced, if it exists. A failed collection cannot be read."""
+    graph_trial, collection_trial = trials
     graph = files.graph.target if files.graph else None
     collection = files.plan.target if files.plan else None
     if graph and graph.graph not in list_graphs(graph.conn):
@@ -201,7 +202,7 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
     def bar(title: str, total: int | None, unit: str) -> Iterator[Progress]:
         """Raise a trial's error as soon as there is one."""
         with site.bar(title, total, unit) as progress:
-            yield trials[0].watching(trials[1].watching(progress))
+            yield graph_trial.watching(collection_trial.watching(progress))
 
     safety = None
     if graph or collection:

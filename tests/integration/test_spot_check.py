@@ -57,6 +57,14 @@ def test_a_sample_is_compared_and_leaves_only_cached_vectors(operator):
     assert points_of(operator).keys() == embeddable(operator).keys()
 
 
+def upgraded(operator) -> tuple[str, int]:
+    """Load memories and ask for the new size. Returns Qdrant's host and port."""
+    operator.load(30)
+    upgrade(operator)
+    url = urlsplit(operator.servers.qdrant_url)
+    return url.hostname, url.port
+
+
 class Gateway(HttpProxy):
     """A gateway in front of Qdrant that asks for a login, and repeats it if it is `broken`."""
 
@@ -77,10 +85,7 @@ class Gateway(HttpProxy):
 
 def test_its_searches_go_the_way_of_all_requests(operator):
     """With the login of QDRANT_URL, and through no proxy to this machine: it would get the key."""
-    operator.load(30)
-    upgrade(operator)
-    url = urlsplit(operator.servers.qdrant_url)
-    with Gateway(url.hostname, url.port) as gateway:
+    with Gateway(*upgraded(operator)) as gateway:
         through = {"QDRANT_URL": gateway.url.replace("//", "//me:s3cret@"), "HTTP_PROXY": "http://127.0.0.1:1"}
         done = operator.run("reembed_embeddings", "--limit", "5", "--json", env=through).json
         assert done["recall"]["queries"] == 5
@@ -106,10 +111,7 @@ class Forgetting(HttpProxy):
 
 
 def test_points_that_vanish_meanwhile_are_not_compared(operator):
-    operator.load(30)
-    upgrade(operator)
-    url = urlsplit(operator.servers.qdrant_url)
-    with Forgetting(url.hostname, url.port) as proxy:
+    with Forgetting(*upgraded(operator)) as proxy:
         done = operator.run("reembed_embeddings", "--limit", "5", "--json", env={"QDRANT_URL": proxy.url}).json
     assert done["recall"] is None
 

@@ -192,7 +192,7 @@ class _Run:
             if limit and sent.tokens > limit:
                 self._cut.append(row.label)
                 most = limit - 1  # one token under the limit, as in OpenAI's own recipes
-                # OpenAI's models would refuse it, the others cut it themselves. The key stays that of the whole text.
+                # OpenAI's models would refuse it, the others cut it themselves.
                 text = cut_to_tokens(row.text, most) if spec.provider == OPENAI else row.text
                 sent = replace(row, text=text, tokens=most)
             weight = max(sent.tokens, estimated_tokens([sent.text]))

@@ -260,7 +260,7 @@ def _transaction(conn: redis.Redis, *commands: tuple[object, ...]) -> list[objec
     """
     raw = conn.connection_pool.get_connection()
     try:
-        for words in (("MULTI",), *commands, ("EXEC",)):  # in a pipeline they would run even if MULTI were refused
+        for words in (("MULTI",), *commands, ("EXEC",)):
             raw.send_command(*words)
             reply = raw.read_response()
     except redis.exceptions.RedisError:
