@@ -131,7 +131,9 @@ class CacheFile:
                     f"another process holds it: wait until it has ended, {again}\n"
                     "if there is none, its disk cannot lock files: name a folder on a local disk with --backup-dir"
                 )
-            elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
+            elif "I/O" in str(error):  # also if the disk cannot map a file, which SQLite's log needs
+                step = f"look at its disk, and name a folder on a local one with --backup-dir:\ndf -T {folder}"
+            elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk
                 step = f"make it writable again, {again}:\nls -l {folder}"
             else:  # only if SQLite reports damage, vectors that were paid for are given up
                 step = f"move it away, {again}; {cost}:\n{moved(damaged, '.damaged')}"
