@@ -8,7 +8,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from ipaddress import IPv6Address
 from pathlib import Path
+from shlex import quote
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -126,6 +128,8 @@ class Reader:
         try:
             parts = urlsplit(value)
             port = port if parts.port is None else parts.port
+            if "[" in parts.netloc.rpartition("@")[2]:
+                IPv6Address(parts.hostname or "")  # urlsplit itself looks into the brackets from Python 3.11.4 on
         except ValueError:
             self.fault(name, f"is not a URL such as {example}")
             return value
@@ -317,6 +321,15 @@ _SETTINGS = [one for one in fields(Config) if one.metadata]
 DEFAULTS: dict[str, str] = {one.metadata["name"]: one.metadata["default"] for one in _SETTINGS}
 
 
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        text = "the working directory does not exist any more: it was removed or replaced"
+        step = f"change to a folder that exists, then run the same command again:\ncd {quote(str(PROJECT_ROOT))}"
+        raise UsageProblem(text, next_step=step) from error
+
+
 def load_config(
     environ: Mapping[str, str],
     *,
@@ -330,7 +343,7 @@ def load_config(
     Precedence: environment, `env_file` (or AUTOMEM_ENV_FILE), `.env` in `cwd`, `.env` in `root`,
     `~/.config/automem/.env`, defaults. An empty value counts as not set.
     """
-    settings, faults, warnings = read_settings(environ, DEFAULTS, env_file, cwd or Path.cwd(), root)
+    settings, faults, warnings = read_settings(environ, DEFAULTS, env_file, cwd or _working_directory(), root)
     if backup_dir:
         settings["AUTOMEM_BACKUP_DIR"] = Setting(backup_dir, "--backup-dir")
     reader = Reader(settings, faults)

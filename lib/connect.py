@@ -176,14 +176,15 @@ def _embedding_client(config: Config, spec: EmbeddingSpec, **limits: float) -> E
     return EmbeddingClient(spec, config.embedding_key, models_dir=config.models_dir, **limits)
 
 
+@contextmanager
 def open_runner(
     config: Config, paid: EmbeddingTotals, pace: tuple[int, int, float | None], console: Console, *, sample: bool
-) -> EmbeddingRunner:
+) -> Iterator[EmbeddingRunner]:
     """`pace`: workers, texts a request, most USD. A `sample` has the model's own size if VECTOR_SIZE is larger."""
     from lib.reembed.embed import EmbeddingRunner, sample_spec
 
-    client = _embedding_client(config, sample_spec(config.spec) if sample else config.spec)
-    return EmbeddingRunner(client, config.spec, *pace, console.say, console.waiting, paid)
+    with closing(_embedding_client(config, sample_spec(config.spec) if sample else config.spec)) as client:
+        yield EmbeddingRunner(client, config.spec, *pace, console.say, console.waiting, paid)
 
 
 @contextmanager

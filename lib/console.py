@@ -81,7 +81,9 @@ def _here(found: re.Match[str]) -> str:
     words = ["python" if is_this_one or os.sep not in sys.executable else sys.executable, *options.split()]
     if name:
         file = _ROOT / name
-        words.append(str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file))
+        with contextlib.suppress(ValueError, OSError):  # it is not below the working directory, or that was removed
+            file = file.relative_to(Path.cwd())
+        words.append(str(file))
     return shlex.join([*words, *(_flags if name.startswith("scripts/") else [])]) + (" " if not name else "")
 
 

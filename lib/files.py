@@ -18,6 +18,7 @@ from lib.errors import LockHeld, MigrationError, UsageProblem, one_line
 
 PARTIAL = ".partial"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}  # the answers of CIFS and FUSE, among others
 _CHUNK = 1 << 20
 _LARGEST = 64 << 20  # a journal, a report or a manifest
 _HOLDER_LENGTH = 200
@@ -176,10 +177,13 @@ def require_room(folder: Path, need: int, what: str, or_else: str = "") -> None:
 
 
 def sync_dir(path: Path) -> None:
-    """Make a rename in the folder `path` survive a power cut."""
+    """Make a rename in the folder `path` survive a power cut, if its file system can sync a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC_FOLDERS:
+            raise
     finally:
         os.close(descriptor)
 
@@ -285,14 +289,27 @@ def _bad_lock_file(path: Path, why: str) -> UsageProblem:
     return UsageProblem(f"{path} cannot be locked ({why}): these scripts did not make it", next_step=step)
 
 
-def _lock_file(path: Path) -> IO[bytes]:
-    """Lock `path`. If a cleaner of /tmp removed it meanwhile, make it again. Raises portalocker's AlreadyLocked."""
+def _lock(stream: IO[bytes], path: Path, *, alone: bool = True) -> None:
+    """Lock the file `path`. Raises portalocker's AlreadyLocked, and UsageProblem if its file system has no locks."""
     import portalocker
 
+    kind = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
+    try:
+        portalocker.lock(stream, kind | portalocker.LOCK_NB)
+    except portalocker.AlreadyLocked:
+        raise
+    except portalocker.LockException as error:
+        text = f"the file system of {path.parent} cannot lock files ({getattr(error.__cause__, 'strerror', error)})"
+        step = f"use a folder on a local disk (--backup-dir names the backups'):\ndf -T {quote(str(path.parent))}"
+        raise UsageProblem(text, next_step=step) from error
+
+
+def _lock_file(path: Path) -> IO[bytes]:
+    """Lock `path`. If a cleaner of /tmp removed it meanwhile, make it again. Raises like `_lock`."""
     while True:
         stream = _open_lock_file(path)
         try:
-            portalocker.lock(stream, portalocker.LOCK_EX | portalocker.LOCK_NB)
+            _lock(stream, path)
             with contextlib.suppress(OSError):
                 os.utime(path)  # cleaners remove old files
             with contextlib.suppress(FileNotFoundError):
@@ -381,9 +398,8 @@ class UsedFile:
     def _lock(self, *, alone: bool) -> None:
         import portalocker
 
-        kind = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
         try:
-            portalocker.lock(self._stream, kind | portalocker.LOCK_NB)
+            _lock(self._stream, self._path, alone=alone)
         except portalocker.AlreadyLocked as error:
             raise LockHeld(f"another run uses {self._path.with_suffix('')} right now") from error
 

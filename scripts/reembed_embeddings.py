@@ -127,22 +127,22 @@ def execute(ctx: Context, found: Assessment, config: Config, console: Console, a
     require_embedding_key(config)
     paid = EmbeddingTotals(ctx.cache, ctx.spec, found.journal, logged=not args.only_missing)
     pace = (args.workers, args.batch_size, args.max_cost)
-    runner = connect.open_runner(config, paid, pace, console, sample=args.dry_run)
-    if args.dry_run:
-        tried = try_one_batch(ctx, runner, repair=args.only_missing)
-        return output.show_tried(tried, found, ctx, refused, console)
-    if args.limit:
-        done = quality.spot_check(ctx, runner, found.live.state, args.limit)
-        return output.show_spot_check(done, found, paid, ctx, console)
-    runner.require_affordable(found.missing.tokens)
-    if args.only_missing:
-        return output.show_synced(only_missing(ctx, runner), paid, ctx, console)
-    if args.no_switch:
-        return output.show_staged(only_stage(ctx, found, runner), paid, ctx, console)
-    announce = partial(output.announce, ctx, console)
-    write = partial(report.write, folder=ctx.folder, console=console)
-    finished, files = reembed(ctx, found, runner, announce, write)
-    return output.show_reembedded(finished, found, files, ctx, console)
+    with connect.open_runner(config, paid, pace, console, sample=args.dry_run) as runner:
+        if args.dry_run:
+            tried = try_one_batch(ctx, runner, repair=args.only_missing)
+            return output.show_tried(tried, found, ctx, refused, console)
+        if args.limit:
+            done = quality.spot_check(ctx, runner, found.live.state, args.limit)
+            return output.show_spot_check(done, found, paid, ctx, console)
+        runner.require_affordable(found.missing.tokens)
+        if args.only_missing:
+            return output.show_synced(only_missing(ctx, runner), paid, ctx, console)
+        if args.no_switch:
+            return output.show_staged(only_stage(ctx, found, runner), paid, ctx, console)
+        announce = partial(output.announce, ctx, console)
+        write = partial(report.write, folder=ctx.folder, console=console)
+        finished, files = reembed(ctx, found, runner, announce, write)
+        return output.show_reembedded(finished, found, files, ctx, console)
 
 
 if __name__ == "__main__":

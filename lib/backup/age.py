@@ -124,13 +124,22 @@ def new_key(words: str) -> tuple[Any, bytes]:
 
 
 def key_in(key_file: bytes, words: str) -> list[Any]:
-    """The private key in a set's key file. Raises AccessRefused for a wrong passphrase."""
+    """The private key in a set's key file. Raises AccessRefused for a wrong passphrase, or on a slow machine.
+
+    To try a passphrase takes a second on the machine that encrypts. pyrage refuses what takes too long on this one.
+    """
     pyrage = _pyrage()
     if len(key_file) > _KEY_FILE_LIMIT:
         raise BackupDamaged("the key file of the copy is too large for one")
     try:
         return [pyrage.x25519.Identity.from_str(pyrage.passphrase.decrypt(key_file, words).decode().strip())]
     except (pyrage.DecryptError, pyrage.IdentityError, UnicodeDecodeError) as error:
+        if "work parameter" in str(error):
+            raise AccessRefused(
+                "this machine is too slow or too busy to try the passphrase: the copy was encrypted on a faster one",
+                next_step="run the same command again when this machine is less busy, or on a faster one; or decrypt"
+                " the copy's files with age, which waits for as long as it takes:\nage -d -i backup_*.key.age FILE.age",
+            ) from error
         raise AccessRefused(
             f"the copy was encrypted with another passphrase, or its key file is damaged: {error}",
             next_step=f"name the file with the passphrase of that time:\nexport {_PASSPHRASE}=...",

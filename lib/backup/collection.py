@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import groupby
@@ -117,7 +117,8 @@ class SegmentCopies:
         folder = self._folder / str(len(self.segments))
         folder.mkdir()
         self.segments.append(SegmentFiles(folder))
-        facts = inspect_snapshot(stream, self.segments[-1].save)
+        with closing(self.segments[-1]) as files:
+            facts = inspect_snapshot(stream, files.save)
         if self.segments[-1].full:
             self.hindrance = _no_room()
         return facts

@@ -90,10 +90,10 @@ def removed(journal: Journal) -> bool:
 
 def _remove_named(qdrant: Qdrant, journal: Journal, node: str | None, name: str | None = None) -> None:
     """Delete the run's snapshot on this node, by default the one that the journal names, if it is not deleted yet."""
-    name = name or _latest(journal, node, "snapshot")["snapshot"]
+    name = name or next((one["snapshot"] for one in _since_announced(journal, node) if one.get("snapshot")), None)
     if name and node in _announced(journal):
         with suppress(MigrationError):  # the backup itself is what counts; an open journal tries again
-            snapshots.delete(qdrant, str(_latest(journal, node, "collection")["collection"]), name)
+            snapshots.delete(qdrant, str(_since_announced(journal, node)[0]["collection"]), name)
             _append(journal, REMOVED, node, snapshot=name)
 
 
@@ -110,8 +110,9 @@ def snapshot_deletions(source: CollectionSource, journal: Journal) -> list[str]:
     """
     commands = []
     for qdrant, node in _nodes_left(source, journal):
-        entry = _latest(journal, node, "known_snapshots")
-        collection, asked = str(entry["collection"]), datetime.fromisoformat(entry["server_time"])
+        entry = _since_announced(journal, node)[0]
+        # The first versions wrote no server_time.
+        collection, asked = str(entry["collection"]), datetime.fromisoformat(entry.get("server_time") or entry["at"])
         with suppress(MigrationError):  # a server that does not list its snapshots
             listed = sorted(one.name for one in snapshots.list_snapshots(qdrant, collection))
             fresh = [one for one in listed if one not in entry["known_snapshots"] and one.startswith(f"{collection}-")]
@@ -156,9 +157,10 @@ def _nodes_left(source: CollectionSource, journal: Journal) -> Iterator[tuple[Qd
         yield (clients[node] if node else source.qdrant), node
 
 
-def _latest(journal: Journal, node: str | None, fact: str) -> dict[str, Any]:
-    """The latest entry about this node that has the fact."""
-    return next(one for one in reversed(journal.entries) if one.get("node") == node and fact in one)
+def _since_announced(journal: Journal, node: str | None) -> list[dict[str, Any]]:
+    """The latest announcement of a snapshot on this node, and what follows it about this node."""
+    own = [one for one in journal.entries if one.get("node") == node]
+    return own[max(at for at, one in enumerate(own) if one["phase"] == ANNOUNCED) :]
 
 
 COMMAND = "reembed"

@@ -371,6 +371,10 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
             self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the table."""
         self._db.close()
 
     def fill(self, ids: Iterable[PointId]) -> None:

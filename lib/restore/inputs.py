@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, cast
@@ -107,7 +107,7 @@ class SavedSnapshots:
         """Return the stream again. What is read from it is saved as the next snapshot."""
         if self._files is None:
             return stream
-        self._files.append(tempfile.TemporaryFile())  # noqa: SIM115 - closed with its owner
+        self._files.append(tempfile.TemporaryFile())  # noqa: SIM115 - `close` closes it
         return cast("IO[bytes]", PassThrough(stream, self.write))
 
     def write(self, piece: bytes) -> None:
@@ -119,7 +119,14 @@ class SavedSnapshots:
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
-            self._files = None
+            self.close()
+
+    def close(self) -> None:
+        """Drop what was saved."""
+        for file in self._files or ():
+            with suppress(OSError):  # what a full disk did not take
+                file.close()
+        self._files = None
 
     def stream(self, number: int) -> IO[bytes] | None:
         """The archive's snapshot of this number, from its start, or None if it was not saved."""
@@ -149,6 +156,11 @@ class CollectionBackup:
         """How many points are expected; None for a bare snapshot whose segments no engine here could count."""
         return None if self.archive.ids < 0 else self.archive.ids
 
+    def close(self) -> None:
+        """Drop the temporary files."""
+        self.saved.close()
+        self.ids.close()
+
     def send(self, read: SnapshotReader, snapshot: SnapshotMember) -> None:
         """Give `read` this snapshot as a stream: the saved one, else from the file."""
         if self.bare:
@@ -166,15 +178,17 @@ def open_archive(path: Path, component: CollectionComponent | None) -> Collectio
     If its bytes are those of a manifest whose points were counted, they are not counted again: the trial restore's are.
     """
     size = component.snapshot_size if component else peek_facts(path)["snapshot_size"]
-    ids = TemporaryIdTable()
-    saved = SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))
-    found = verify_collection(
-        path,
-        component=component,
-        ids=ids,
-        passing=saved.copying,
-        counting=component is None or component.proof != RESTORED,
-    )
+    with ExitStack() as stack:
+        ids = stack.enter_context(TemporaryIdTable())
+        saved = stack.enter_context(closing(SavedSnapshots(room=isinstance(size, int) and has_room(_TIMES * size))))
+        found = verify_collection(
+            path,
+            component=component,
+            ids=ids,
+            passing=saved.copying,
+            counting=component is None or component.proof != RESTORED,
+        )
+        stack.pop_all()  # from now on it is the backup that closes them
     return CollectionBackup(path, found.archive, found.snapshot, ids=ids, saved=saved)
 
 

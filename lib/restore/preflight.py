@@ -96,7 +96,7 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
     with BackgroundTask(lambda task: _loaded(site, inputs.graph, stack, task.stop)) as loading:
         if inputs.collection:
             assert site.collection is not None
-            plan = _verified_archive(site, site.collection, inputs.collection)
+            plan = _verified_archive(site, site.collection, inputs.collection, stack)
         graph, held = loading.result()
     if graph and inputs.graph:
         if held and inputs.graph.automem:
@@ -114,14 +114,17 @@ def verify_files(site: Site, inputs: Inputs, stack: ExitStack) -> VerifiedFiles:
     return VerifiedFiles(graph, plan, tuple(left_out))
 
 
-def _verified_archive(site: Site, target: CollectionSource, file: Input[CollectionComponent]) -> RestorePlan:
-    """Verify the archive, and that this server can take it and this key may restore it."""
+def _verified_archive(
+    site: Site, target: CollectionSource, file: Input[CollectionComponent], stack: ExitStack
+) -> RestorePlan:
+    """Verify the archive, and that this server can take it and this key may restore it. The stack closes it."""
     if file.automem:
         from lib.restore.automem_backup import PointsPlan, open_points  # imports numpy
 
         backup = open_points(file.automem, target)
     else:
         backup = open_bare(file.path, target) if file.bare else open_archive(file.path, file.component)
+    stack.callback(backup.close)
     facts = backup.archive.facts
     if facts["collection"] != target.collection:
         raise UsageProblem(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,8 +247,8 @@ def _restore_old_collection(site: Site, plan: RestorePlan, safety: Manifest | No
         if health(plan.target.qdrant, name) == "live":
             return f"'{name}' exists, but was not compared with it"
         site.notice(f"restoring the old '{name}' from {safety.path}")
-        saved = plan_restore(open_archive(safety.file_of(component), component), plan.target)
-        collections.put_back(plan, saved, journal.fact("aliases") or [])
+        with closing(open_archive(safety.file_of(component), component)) as backup:
+            collections.put_back(plan, plan_restore(backup, plan.target), journal.fact("aliases") or [])
     except MigrationError as error:
         return f"The old one could not be restored either: {error}"
     journal.append(collections.PUT_BACK)

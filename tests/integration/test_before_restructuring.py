@@ -508,6 +508,21 @@ def test_a_backup_whose_snapshot_never_appeared_is_closed(operator):
     assert_state(operator, "backup")
 
 
+@pytest.mark.parametrize("unknown", matrix([["snapshot"], ["snapshot", "server_time"]], ["snapshot"]))
+def test_a_snapshot_that_an_even_older_version_had_announced_is_named(operator, unknown):
+    """Their announcements had fewer facts."""
+    load(operator, "backup_awaited")
+    (journal,) = journals(operator, "backup")
+    entries = [json.loads(line) for line in journal.read_text().splitlines()][:-1]
+    entries[-1] = {name: value for name, value in entries[-1].items() if name not in unknown}
+    journal.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    made = operator.call("POST", "/snapshots?wait=true")["name"]
+    err = operator.run("backup_automem").err
+    assert "a killed run may have left a snapshot" in err
+    assert f"/snapshots/{made}" in err
+    assert last(journal)["phase"] == "closed"
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("words", ["--limit 6", "--abort", ""])
 def test_a_killed_spot_check_is_cleaned_up(operator, words):

@@ -201,6 +201,25 @@ def test_after_a_change_of_the_passphrase_the_newer_copies_are_listed_checked_an
         assert "another passphrase" in operator.run("backup_automem", *words, env=wrong, expect=2).err
 
 
+def test_a_machine_that_is_too_slow_for_the_passphrase_does_not_call_it_wrong(operator, tmp_path):
+    """A faster machine made the key file: it lets a guess cost 2^40 steps."""
+    copies = tmp_path / "copies"
+    keys = {"AUTOMEM_BACKUP_PASSPHRASE_FILE": str(private(tmp_path / "words", "words"))}
+    operator.load(20)
+    operator.run("backup_automem", "--only", "falkordb", "--upload", str(copies), env=keys)
+    (key_file,) = copies.glob("*.key.age")
+    key_file.write_bytes(re.sub(rb"(-> scrypt \S+) \d+", rb"\1 40", key_file.read_bytes()))
+    shutil.rmtree(operator.backups)
+    for words in (
+        ("backup_automem", "--check", f"file://{copies}"),
+        ("restore_from_backup", f"file://{copies}/latest"),
+    ):
+        err = operator.run(*words, env=keys, expect=2).err
+        assert "this machine is too slow or too busy to try the passphrase" in err
+        assert "another passphrase" not in err
+        assert "age -d -i backup_*.key.age FILE.age" in err
+
+
 @pytest.mark.parametrize("what", matrix(["bit", "cut", "endless header", "another key"], "bit", "another key"))
 def test_a_copy_that_does_not_decrypt_is_refused(operator, tmp_path, key, what):
     copies = tmp_path / "copies"

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
+import portalocker.portalocker
 import pytest
 
 from lib.child_process import child_environment
 from lib.clients.falkordb.scratch import installed_engines
 from lib.clients.qdrant import segments as open_segments
+from tests.operator_support import ROOT
+from tests.reembed_support import assert_migrated, make_ready, points_of, upgrade
 
 pytestmark = pytest.mark.qdrant
 NOBODY = 65534
@@ -159,3 +167,60 @@ def test_no_scratch_server_starts_if_others_may_replace_its_folder(operator, tmp
     folder.chmod(0o1777)
     os.chown(folder, os.geteuid(), os.getegid())
     operator.run("backup_automem")
+
+
+@pytest.mark.parametrize("answer", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_a_folder_is_no_obstacle(operator, monkeypatch, answer):
+    """As CIFS and FUSE may answer: the files themselves are synced."""
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(answer, os.strerror(answer))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    operator.load(30)
+    before = points_of(operator)
+    operator.run("backup_automem")
+    upgrade(operator)
+    operator.run("reembed_embeddings")
+    assert_migrated(operator, before)
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_backup_folder_whose_files_cannot_be_locked_is_refused_before_anything_is_paid_for(
+    operator, monkeypatch, answer
+):
+    """As a network file system without its lock service answers."""
+    make_ready(operator)
+
+    def locker(descriptor: int, flags: int) -> None:
+        if any(os.path.samestat(os.fstat(descriptor), one.stat()) for one in operator.backups.glob("embeddings/*")):
+            raise OSError(answer, os.strerror(answer))
+        fcntl.flock(descriptor, flags)
+
+    monkeypatch.setattr(portalocker.portalocker, "LOCKER", locker)
+    for script in ("reembed_embeddings", "verify_migration"):
+        err = operator.run(script, expect=2).err
+        cache = operator.backups / "embeddings"
+        assert f"the file system of {cache} cannot lock files ({os.strerror(answer)})" in err
+        assert f"df -T {cache}" in err
+    assert operator.servers.openai.stats()["requests"] == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_working_directory_that_was_removed_is_named(operator, script):
+    gone = operator.folder / "gone"
+    gone.mkdir()
+    words = [
+        sys.executable,
+        str(ROOT / "scripts" / f"{script}.py"),
+        *(["latest"] if script.startswith("restore") else []),
+    ]
+    shell = ["sh", "-c", 'rmdir "$PWD" && exec "$@"', "sh", *words]
+    result = subprocess.run(shell, cwd=gone, env=operator.environ, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "the working directory does not exist any more" in result.stderr
+    assert f"cd {ROOT}" in result.stderr

@@ -60,6 +60,24 @@ def test_a_reembedding_that_has_nothing_to_embed_loads_no_provider(loaded):
     assert heavy(loaded, "reembed_embeddings") <= {"numpy"}
 
 
+@pytest.mark.parametrize(
+    "command",
+    matrix(
+        [
+            ["backup_automem"],
+            ["backup_automem", "--check", "all"],
+            ["reembed_embeddings", "--limit", "10"],
+            ["restore_from_backup", "latest"],
+            ["verify_migration"],
+        ],
+        ["reembed_embeddings", "--limit", "10"],
+    ),
+)
+def test_a_command_leaves_nothing_open_and_uses_nothing_deprecated(loaded, command):
+    shown = loaded.run(*command, env={"PYTHONWARNINGS": "default"})
+    assert "Warning:" not in shown.err
+
+
 def test_the_sandbox_without_its_packages_names_what_installs_them():
     run = "import runpy; runpy.run_path('scripts/quickstart.py', run_name='__main__')"
     words = [sys.executable, "-c", f"import sys; sys.modules['starlette'] = None; sys.argv = ['quickstart.py']; {run}"]

@@ -122,6 +122,7 @@ class ServerProcess:
         while time.monotonic() < deadline:
             if self._child is not None and self._child.poll() is not None:
                 code = self._child.returncode
+                self.stop()
                 raise ServerStartError(f"{self.argv[0]} exited with {code}:\n{self.log_tail()}")
             with contextlib.suppress(OSError):
                 if check():

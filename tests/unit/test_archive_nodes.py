@@ -15,6 +15,11 @@ from lib.backup.archive import FACTS, IDS, SNAPSHOT, SnapshotMember, archive_wri
 from lib.backup.collection import verify_collection
 from lib.errors import BackupDamaged
 
+# A file that stays open is a fault, too.
+pytestmark = [
+    pytest.mark.filterwarnings("error::ResourceWarning"),
+    pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning"),
+]
 RECORDINGS = Path(__file__).resolve().parent.parent / "qdrant_recordings"
 IDENTITIES = [str(number) for number in range(40)]
 

@@ -142,6 +142,20 @@ def test_a_cache_that_cannot_be_written_is_not_to_be_moved_away(path):
     assert "paid for again" not in caught.value.next_step
 
 
+@pytest.mark.parametrize(
+    ("answer", "step"),
+    [
+        ("disk I/O error", "look at its disk, and name a folder on a local one with --backup-dir:"),
+        ("database is locked", "its disk cannot lock files: name a folder on a local disk with --backup-dir"),
+    ],
+)
+def test_a_network_disk_without_locks_or_mapped_files_is_to_be_replaced_by_a_local_one(cache, answer, step):
+    """What SQLite answers there. To wait for another process, or to change the rights, would not help."""
+    with pytest.raises(CacheDamaged, match=answer) as caught, cache.guarded():
+        raise sqlite3.OperationalError(answer)
+    assert step in caught.value.next_step
+
+
 def test_vectors_that_an_earlier_version_stored_are_read(path):
     """The files have no checksum."""
     with EmbeddingCache(path) as cache:

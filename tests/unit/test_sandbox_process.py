@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 import pytest
 
 from tests.operator_support import ROOT
-from tests.sandbox.process import ServerProcess
+from tests.sandbox.process import ServerProcess, ServerStartError
 
 PARENT = """
 import sys, time
@@ -54,3 +55,14 @@ def test_stopped_and_started_again(tmp_path):
     assert alive(second)
     server.kill()
     assert not server.running
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_server_that_exits_at_its_start_leaves_no_watchdog(tmp_path):
+    """A restarted AutoMem refuses to start if the size does not match."""
+    server = ServerProcess([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log")
+    with pytest.raises(ServerStartError, match="exited with 3"):
+        server.start().wait_ready(lambda: False)
+    del server
+    gc.collect()

@@ -28,6 +28,8 @@ def test_what_is_read_is_saved_and_can_be_read_repeatedly():
     assert read_all(saved) == TEXTS
     for _ in range(2):
         assert [saved.stream(number).read() for number in range(2)] == TEXTS
+    saved.close()
+    assert saved.stream(0) is None
 
 
 def test_without_room_nothing_is_saved():

@@ -284,8 +284,8 @@ def test_memory_stays_flat_over_a_large_entry():
 
 @contextlib.contextmanager
 def opened(data: bytes, folder: Path) -> Iterator[Segments | None]:
-    files = SegmentFiles(folder)
-    inspect_snapshot(io.BytesIO(data), files.save)
+    with contextlib.closing(SegmentFiles(folder)) as files:
+        inspect_snapshot(io.BytesIO(data), files.save)
     with opened_segments(files) as segments:
         yield segments
 

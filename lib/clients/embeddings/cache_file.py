@@ -127,8 +127,13 @@ class CacheFile:
             if "full" in str(error):
                 step = f"free some room:\ndf -h {folder}\n{again}"
             elif "locked" in str(error):
-                step = f"another process holds it: wait until it has ended, {again}"
-            elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk, an I/O error
+                step = (
+                    f"another process holds it: wait until it has ended, {again}\n"
+                    "if there is none, its disk cannot lock files: name a folder on a local disk with --backup-dir"
+                )
+            elif "I/O" in str(error):  # also if the disk cannot map a file, which SQLite's log needs
+                step = f"look at its disk, and name a folder on a local one with --backup-dir:\ndf -T {folder}"
+            elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk
                 step = f"make it writable again, {again}:\nls -l {folder}"
             else:  # only if SQLite reports damage, vectors that were paid for are given up
                 step = f"move it away, {again}; {cost}:\n{moved(damaged, '.damaged')}"

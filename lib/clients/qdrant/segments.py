@@ -87,13 +87,16 @@ class SegmentFiles:
         self._write(shard, info.tobuf(tarfile.GNU_FORMAT), begins_block=True)
         return PassThrough(cast("IO[bytes]", content), partial(self._write, shard))
 
-    def finish(self) -> dict[str, Path]:
-        """Complete the tars; returns them by shard. Raises OSError if the disk was full."""
+    def close(self) -> None:
+        """Complete and close the tars, also of a snapshot that turned out to be damaged."""
+        for file in self._files.values():
+            with self._noting_full_disk(), file:
+                file.write(bytes(-file.tell() % BLOCK + 2 * BLOCK))
+
+    def archives(self) -> dict[str, Path]:
+        """Return the tars by shard, once they are closed. Raises OSError if the disk was full."""
         if self.full:
             raise self.disk_full()
-        for file in self._files.values():
-            file.write(bytes(-file.tell() % BLOCK + 2 * BLOCK))
-            file.close()
         return {str(shard): Path(file.name).absolute() for shard, file in self._files.items()}
 
     def disk_full(self) -> OSError:
@@ -103,11 +106,16 @@ class SegmentFiles:
     def _write(self, shard: int, data: bytes, *, begins_block: bool = False) -> None:
         if self.full:
             return
-        try:
+        with self._noting_full_disk():
             if shard not in self._files:
                 self._files[shard] = (self.folder / f"{shard}.tar").open("wb")
             file = self._files[shard]
             file.write(bytes(-file.tell() % BLOCK) + data if begins_block else data)
+
+    @contextmanager
+    def _noting_full_disk(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
@@ -125,7 +133,7 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
 
     Raises BackupDamaged, EngineKilled, and OSError if the disk is full.
     """
-    archives = files.finish()
+    archives = files.archives()
     with _engine(sum(path.stat().st_size for path in archives.values()), files.segments) as ask:
         try:
             counts = ask({"open": {shard: str(path) for shard, path in archives.items()}})
