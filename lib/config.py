@@ -33,6 +33,7 @@ _PLACEHOLDER = re.compile(r"your[\w -]*key|^<.*>$|\.\.\.$|^x+$|^change.?me", re.
 # Qdrant refuses these in a collection's name. A file of Qdrant's has the name in its own, with up to 70 bytes more for
 # `__next`, the node, the time and its endings; a file's name has 255 bytes (1.11.3 and 1.19.0).
 _NOT_IN_COLLECTION, _COLLECTION_BYTES = set('<>:"\\|?*'), 180
+_GRAPH_BYTES = 220  # the files of its backups have its name, with up to 32 bytes more
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"0", "false", "no", "off"}
 
 
@@ -180,6 +181,13 @@ class Reader:
             self.fault(name, "means a folder in a URL, so that no collection of this name can be reached")
         return value
 
+    def graph(self, name: str) -> str:
+        """Return the graph's name, which the files of its backups have in theirs."""
+        value = self.name(name)
+        if len(os.fsencode(value)) > _GRAPH_BYTES:
+            self.fault(name, f"is longer than {_GRAPH_BYTES} bytes: the files of its backups would have too long names")
+        return value
+
     def collection(self, name: str) -> str:
         """Return the collection's name, of which Qdrant can also make snapshots and temporary collections."""
         value = self.name(name)
@@ -235,7 +243,7 @@ class Config:
     falkordb_username: str = _setting("FALKORDB_USERNAME", "", Reader.username)
     falkordb_password: str = _setting("FALKORDB_PASSWORD", "", Reader.text, shown=False)
     falkordb_tls: bool = _setting("FALKORDB_TLS", "false", Reader.flag)
-    graph: str = _setting("FALKORDB_GRAPH", "memories", Reader.name)
+    graph: str = _setting("FALKORDB_GRAPH", "memories", Reader.graph)
     scratch_server: str = _setting("FALKORDB_SCRATCH_SERVER", "", Reader.text)
     scratch_module: str = _setting("FALKORDB_SCRATCH_MODULE", "", Reader.text)
     qdrant_url: str = _setting("QDRANT_URL", "", Reader.qdrant_url, shown=False)

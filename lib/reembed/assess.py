@@ -38,7 +38,7 @@ from lib.verify.compare import ONLY_MISSING, different_vectors
 # Nothing exists; this migration's result, or an empty collection of the right size; the collection to replace; one
 # that answers with errors only.
 ABSENT, ADOPT, REPLACE, FAILED = "absent", "adopt", "replace", "failed"
-_LOST_SHARE, _LOST_FEW = 0.01, 10  # a run stops if the graph lost more since its plan
+_LOST_SHARE, LOST_FEW = 0.01, 10  # a run stops if the graph lost more since its plan
 _RESTORE_RUNS, _RESTORE_SECONDS = {"restoring", "failed", "unavailable"}, 60.0  # also without its client
 _EXAMPLES, _PAGE, _FIRST = 20, 500, 64
 MAX_AGE_HOURS = 24.0
@@ -145,11 +145,13 @@ def assess(ctx: Context, journal: Journal | None, *, repair: bool = False) -> As
 
 
 @contextmanager
-def orphan_points(ctx: Context, state: CollectionState) -> Iterator[tuple[TemporaryIdTable, set[PointId]]]:
+def orphan_points(
+    ctx: Context, state: CollectionState, few: int = 0
+) -> Iterator[tuple[TemporaryIdTable, set[PointId]]]:
     """The ids of the points without an embeddable memory, and those of them that stay, because their memory exists.
 
-    The graph is asked after the points were read. Raises MissingData for an empty graph, GuardRefused if more than 1%
-    of the points would be removed without a verified backup.
+    The graph is asked after the points were read. Raises MissingData for an empty graph, GuardRefused if more than
+    `few`, and more than 1% of the points, would be removed without a verified backup.
     """
     with existing_points(ctx.qdrant, state.name, payload=False) as live, only_live_ids(ctx, live) as only_live:
         if len(only_live) and ctx.cache.memory_count() == 0:
@@ -158,7 +160,7 @@ def orphan_points(ctx: Context, state: CollectionState) -> Iterator[tuple[Tempor
             )
         memories = memories_now(ctx.graph, only_live.ids())
         count = len(only_live) - len(memories)
-        if count > _ORPHAN_SHARE * state.points:
+        if count > max(few, _ORPHAN_SHARE * state.points):
             found = find_backup(ctx.folder, GuardedCollection(ctx.qdrant.display, state, live, only_live))
             if isinstance(found, str):
                 raise GuardRefused(
@@ -299,7 +301,7 @@ def require_whole_graph(ctx: Context, assessment: Assessment, usable: int) -> No
     """Raise MissingData, before the delete, if the graph lost memories since the plan: it has `usable` ones now."""
     planned = assessment.scan.own_text
     lost = planned - usable
-    if lost <= 0 or (usable and lost <= max(_LOST_FEW, _LOST_SHARE * planned)):
+    if lost <= 0 or (usable and lost <= max(LOST_FEW, _LOST_SHARE * planned)):
         return
     raise MissingData(
         f"graph '{ctx.graph.graph}' lost {lost} of {planned} memories since the plan was made:"

@@ -102,7 +102,7 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
         last = staging.fill(ctx, journal, touched, existing)
         # AutoMem may have removed memories with their old points alone, also before an earlier start ended.
         if cutover.absent_since is not None or journal.has_reached(phases.DELETING):
-            removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection))
+            removed = remove_orphans(ctx, get_state(ctx.qdrant, ctx.collection), few=assess.LOST_FEW)
         compare_only = touched if cutover.sample_suffices else None
         repaired = staging.verify_points(ctx, ctx.collection, last.outcome, exclusive=False, touched=compare_only)
     stamped = staging.stamp(ctx.spec)
@@ -307,13 +307,13 @@ def _require_same_model(ctx: Context, runner: EmbeddingRunner, state: Collection
     )
 
 
-def remove_orphans(ctx: Context, state: CollectionState) -> int:
+def remove_orphans(ctx: Context, state: CollectionState, few: int = 0) -> int:
     """Remove the points that have no memory in the graph; each is saved in the cache first. Returns how many.
 
-    Raises like `orphan_points`.
+    `few`, and what it raises: see `orphan_points`.
     """
     removed = 0
-    with assess.orphan_points(ctx, state) as (without_memory, memories):
+    with assess.orphan_points(ctx, state, few) as (without_memory, memories):
         for ids in without_memory.ids():
             points = retrieve(ctx.qdrant, state.name, ids, payload=True, vector=True)
             staying = memories | usually_spelled(ctx.graph, ids)  # also memories that were stored since

@@ -139,8 +139,9 @@ def check_findings(found: Findings, *, have_plan: bool, after_restart: bool) -> 
     """
     exempt = f"{found.exempt} exempt (no text, unusable or repeated id)"
     equal = "equal to the graph, nothing of the old points lost"
-    if found.recalled:
-        equal += f"; except last_accessed of {found.recalled:,}, which recall updates (--only-missing copies it)"
+    if found.lagging:
+        equal += f"; except last_accessed or relevance_score of {found.lagging:,}, which AutoMem changes in the graph"
+        equal += " (--only-missing copies them)"
     newer, changed = "memories are newer than the migration", "memories changed since the migration"
     # name, what differs, detail if nothing does, what is wrong, what is pending
     rows = (
@@ -206,11 +207,14 @@ def read_points(
 
 
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:
-    """The pending check if AutoMem's `/health` shows other settings or stores: a restart may change it; else None."""
+    """The pending check if AutoMem's `/health` shows other settings or stores: a restart may change it; else None.
+
+    Before 0.14 it shows no sizes: recall alone tells.
+    """
     sizes = health.get("vector_dimensions") or {}
     shown = {name: sizes[name] for name in _SIZES if sizes.get(name) is not None}
     used = [size for name, size in shown.items() if name != "configured"]
-    if sizes.get("mismatch") or not used or any(size != spec.size for size in used):
+    if sizes and (sizes.get("mismatch") or not used or any(size != spec.size for size in used)):
         text = ", ".join(f"{name} {size}" for name, size in shown.items()) or "no sizes"
         return Check("recall", PENDING, f"AutoMem does not run at {spec.size}d yet (/health: {text})", _RESTART)
     named, counted = health.get("graph"), health.get("vector_count")

@@ -80,6 +80,7 @@ def test_a_forged_model_is_not_run_when_the_lines_are_pasted(operator, tmp_path)
         ("QDRANT_COLLECTION", "a\x1b[2Jb"),
         ("FALKORDB_GRAPH", "."),
         ("FALKORDB_GRAPH", "a\nb"),
+        ("FALKORDB_GRAPH", "x" * 221),  # its backups' files would have too long names
         ("EMBEDDING_MODEL", "text\u202eembedding"),
     ],
 )

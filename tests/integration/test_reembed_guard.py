@@ -11,7 +11,7 @@ from lib.backup.manifest import sealed
 from lib.backup.points import TemporaryIdTable
 from lib.clients.qdrant.collection import get_state
 from lib.errors import GuardRefused
-from lib.reembed import run
+from lib.reembed import cutover, run
 from lib.reembed.assess import GuardedCollection, require_backup
 from tests.operator_support import NEW_SIZE, ROOT
 from tests.reembed_support import assert_migrated, embeddable, points_of, upgrade
@@ -247,7 +247,7 @@ def test_a_resumed_run_removes_the_points_of_deleted_memories_too(ready, monkeyp
     """AutoMem deleted the memory with its old point alone, or the removal was refused for want of a backup."""
     gone = next(iter(embeddable(ready)))
 
-    def refused(_ctx, _state):
+    def refused(*_args, **_options):
         ready.cypher("MATCH (m:Memory {id: $id}) DETACH DELETE m", id=gone)
         raise GuardRefused("so many are not removed")
 
@@ -257,3 +257,28 @@ def test_a_resumed_run_removes_the_points_of_deleted_memories_too(ready, monkeyp
     assert gone in points_of(ready)
     assert ready.run("reembed_embeddings", "--json").json["removed"] == 1
     assert gone not in points_of(ready)
+
+
+@pytest.mark.parametrize(("count", "code"), [(3, 0), (12, 2)])
+def test_memories_that_automem_deletes_while_the_collection_is_replaced_lose_their_points(
+    ready, monkeypatch, count, code
+):
+    """A few are removed by the run itself. More could be a graph that was lost: they need a backup of the new points."""
+    gone = list(embeddable(ready))[:count]
+
+    def delete_meanwhile(*args):
+        ready.cypher("MATCH (m:Memory) WHERE m.id IN $ids DETACH DELETE m", ids=gone)
+        ready.call("POST", "/points/delete?wait=true", {"points": gone})
+        return verify_method(*args)
+
+    verify_method = cutover.verify_method
+    with monkeypatch.context() as first:
+        first.setattr(cutover, "verify_method", delete_meanwhile)
+        result = ready.run("reembed_embeddings", "--json", expect=code)
+    if code:
+        assert f"{count} of the" in result.err
+        ready.run("backup_automem", "--only", "qdrant")
+        result = ready.run("reembed_embeddings", "--json")
+    assert result.json["removed"] == count
+    assert points_of(ready).keys() == embeddable(ready).keys()
+    ready.run("verify_migration")

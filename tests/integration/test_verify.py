@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import uuid
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import numpy as np
@@ -329,6 +330,31 @@ def test_without_a_vector_of_the_providers_automems_model_is_not_known(migrated,
     checked = verify(migrated)[SERVICE_MODEL]
     assert checked["status"] == "not checked"
     assert why in checked["detail"]
+
+
+def test_recall_alone_tells_whether_an_automem_before_0_14_was_restarted(operator, tmp_path, monkeypatch):
+    """Its /health shows no sizes."""
+
+    def older(api):
+        answer = ask_health(api)
+        return replace(
+            answer, health={key: value for key, value in answer.health.items() if key != "vector_dimensions"}
+        )
+
+    ask_health = checks.ask_health
+    monkeypatch.setattr(checks, "ask_health", older)
+    operator.load(20)
+    operator.run("backup_automem", "--only", "qdrant")
+    with AutoMemServer(env=operator.environ, log=tmp_path / "automem.log") as automem:
+        operator.export(AUTOMEM_API_URL=automem.url)
+        upgrade(operator)
+        operator.run("reembed_embeddings")
+        recall = verify(operator)["recall"]
+        assert recall["status"] == PENDING
+        assert "not found first by vector" in recall["detail"]
+        assert failing(operator, "--after-restart") == ["recall"]
+        automem.restart({"VECTOR_SIZE": str(NEW_SIZE), "EMBEDDING_MODEL": LARGE})
+        verify(operator, "--after-restart")
 
 
 def test_recall_through_automem_before_and_after_its_restart(operator, tmp_path):
