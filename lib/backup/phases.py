@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from lib.backup import catalog
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import exists
-from lib.clients.qdrant.restoring import delete_with_snapshots
 from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line
 from lib.dimensions import EmbeddingSpec, provider_fact, public_url
 from lib.errors import AccessRefused, MigrationError, UsageProblem
@@ -187,7 +186,7 @@ def remove_staged(qdrant: Qdrant, journal: Journal) -> list[str]:
     if not staged:
         return []
     found = exists(qdrant, staged)
-    delete_with_snapshots(qdrant, staged)
+    snapshots.delete_with_snapshots(qdrant, staged)
     snapshot_file(journal.folder, staged).unlink(missing_ok=True)
     return [f"collection {staged}"] if found else []
 

@@ -24,7 +24,7 @@ from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.cluster import topology
 from lib.clients.qdrant.collection import CollectionState
 from lib.clients.qdrant.points import PointId, scroll
-from lib.clients.qdrant.restoring import wait_restored
+from lib.clients.qdrant.snapshots import wait_restored
 from lib.dimensions import UNKNOWN_MODEL, EmbeddingSpec, is_model_of, model_settings
 from lib.errors import BackupDamaged, BadFile, GuardRefused, MissingData, StoreFailed
 from lib.journal import Journal

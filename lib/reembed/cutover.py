@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lib.backup import phases
 from lib.backup.manifest import Manifest
 from lib.clients.qdrant import collection as collections
-from lib.clients.qdrant import restoring, snapshots
+from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.transport import is_disk_full
 from lib.errors import AccessRefused, MigrationError
 from lib.files import free_bytes, private_dir
@@ -104,9 +104,9 @@ def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
     snapshot = _snapshot(ctx, journal)
     checksum = snapshot.checksum
     assert checksum is not None
-    if location := restoring.can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe"):
+    if location := snapshots.can_fetch_itself(ctx.qdrant, ctx.staged, snapshot, f"{ctx.staged}_probe"):
         limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
-        fetch = partial(restoring.recover, ctx.qdrant, ctx.collection, location, checksum)
+        fetch = partial(snapshots.recover, ctx.qdrant, ctx.collection, location, checksum)
         return CutoverMethod(FETCH, partial(fetch, seconds=limit, answer_seconds=limit))
     path = phases.snapshot_file(ctx.folder, ctx.staged)
     if free_bytes(private_dir(path.parent)) < snapshot.size + _SPARE_BYTES:
@@ -139,7 +139,7 @@ def _delete_live(ctx: Context, journal: Journal, live: assess.Live, announce: Ca
     announce(undo)
     if live.kind == assess.FAILED:  # nothing in it can be read
         journal.append(phases.DELETING, undo=undo)
-        restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
+        snapshots.delete_with_snapshots(ctx.qdrant, ctx.collection)
         return time.monotonic()
     state = collections.get_state(ctx.qdrant, ctx.collection)
     collections.refuse_foreign(state.raw)  # a sparse vector may have been added since the plan
@@ -188,7 +188,7 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     except MigrationError as error:
         # A server that does not answer ends the run here. An upload that broke off is tried again.
         if collections.health(ctx.qdrant, ctx.collection) == "failed":
-            restoring.delete_with_snapshots(ctx.qdrant, ctx.collection)
+            snapshots.delete_with_snapshots(ctx.qdrant, ctx.collection)
         if is_disk_full(error):
             staging.drop_staged(ctx, journal)
         return None
@@ -198,9 +198,9 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
 
 def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
     """Upload the snapshot, have it restored, delete the server's copy. Returns whether the server answered."""
-    filename, size = restoring.unique_filename(ctx.staged), file.stat().st_size
+    filename, size = snapshots.unique_filename(ctx.staged), file.stat().st_size
     with ctx.bar("send", size, "bytes") as progress:
-        answered = restoring.upload_and_restore(
+        answered = snapshots.upload_and_restore(
             ctx.qdrant,
             ctx.collection,
             file,

@@ -16,7 +16,7 @@ from lib.clients.embeddings.cache_file import chunks
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant.collection import CollectionState, get_state
 from lib.clients.qdrant.points import PointId, retrieve
-from lib.clients.qdrant.restoring import delete_with_snapshots
+from lib.clients.qdrant.snapshots import delete_with_snapshots
 from lib.clients.qdrant.transport import QdrantError, is_disk_full
 from lib.concurrency import BackgroundTask, CancelToken
 from lib.dimensions import EmbeddingSpec, provider_fact

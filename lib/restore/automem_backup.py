@@ -33,7 +33,6 @@ from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, get_state
 from lib.clients.qdrant.points import BATCH_POINTS, PointId, retrieve_pages, upsert
-from lib.clients.qdrant.restoring import can_fetch_itself
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import CancelToken, Progress, bounded_map
 from lib.errors import BackupDamaged, StoreFailed, UsageProblem, listed
@@ -158,7 +157,7 @@ class PointsPlan(RestorePlan):
         collections.set_indexing_threshold(qdrant, name, own)
         made = snapshots.with_checksum(qdrant, name, snapshots.create(qdrant, name))
         collections.set_indexing_threshold(qdrant, name, raised)
-        url = can_fetch_itself(qdrant, name, made, f"{name}_probe")
+        url = snapshots.can_fetch_itself(qdrant, name, made, f"{name}_probe")
         return [(url, str(made.checksum))] if url else None
 
     def verify_trial(self) -> None:

@@ -17,11 +17,11 @@ from lib.backup.archive import SnapshotMember
 from lib.backup.collection import CollectionSource
 from lib.backup.points import existing_points, orphan_ids
 from lib.clients.qdrant import collection as collections
-from lib.clients.qdrant import restoring, snapshots
+from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import LIST_NODES, peers_of, wait_active
 from lib.clients.qdrant.collection import delete_collection, exists, get_state, health, restore_aliases
 from lib.clients.qdrant.points import PointId, raw_points, scroll
-from lib.clients.qdrant.restoring import can_fetch_itself, recover, upload_and_restore
+from lib.clients.qdrant.snapshots import can_fetch_itself, recover, upload_and_restore
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, UsageProblem
@@ -340,13 +340,13 @@ def clean_up_collection(target: CollectionSource, journal: Journal, plan: Restor
     qdrant, collection = target.qdrant, target.collection
     if journal.has_reached(DELETING) and health(qdrant, collection) == "restoring":
         with suppress(StoreFailed):  # if it fails in the end, this run replaces it
-            restoring.wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
+            snapshots.wait_restored(qdrant, collection, _UNDER_WAY_SECONDS)
     name = journal.fact("temporary_collection")
     if name is None or not exists(qdrant, name):
         return []
     if plan and journal.has_reached(TRIAL_VERIFIED) and name == plan.trial:
         return [f"resuming from {name}, which an earlier run verified"]
-    restoring.delete_with_snapshots(qdrant, name, target.nodes)
+    snapshots.delete_with_snapshots(qdrant, name, target.nodes)
     return [f"removed the temporary collection {name}"]
 
 

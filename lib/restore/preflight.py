@@ -26,8 +26,7 @@ from lib.clients.falkordb.scratch import Engine
 from lib.clients.falkordb.swap import other_clients
 from lib.clients.qdrant.collection import health, refuse_alias
 from lib.clients.qdrant.points import PointId, scroll
-from lib.clients.qdrant.restoring import preflight_upload
-from lib.clients.qdrant.snapshots import restorable
+from lib.clients.qdrant.snapshots import preflight_upload, restorable
 from lib.concurrency import BackgroundTask, CancelToken, ProgressBar
 from lib.errors import MigrationError, StoreFailed, UsageProblem, listed, one_line
 from lib.network import container_hint, is_loopback, is_this_machine, same_server, without_login

@@ -16,7 +16,7 @@ from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
 from lib.clients.falkordb.swap import drop_graph, write_calls
 from lib.clients.qdrant.collection import health
-from lib.clients.qdrant.restoring import delete_with_snapshots
+from lib.clients.qdrant.snapshots import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress
 from lib.errors import MigrationError, StoreFailed, StoreUnreachable, listed
 from lib.journal import Journal, open_journals, start_journal

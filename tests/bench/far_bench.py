@@ -30,7 +30,7 @@ from lib.clients.falkordb.swap import drop_graph, dump_as
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import delete_collection, wait_green
 from lib.clients.qdrant.points import scroll
-from lib.clients.qdrant.restoring import unique_filename, upload_and_restore
+from lib.clients.qdrant.snapshots import unique_filename, upload_and_restore
 from lib.clients.qdrant.transport import Qdrant, encode
 from lib.files import private_dir
 from tests.bench.absent_bench import seconds_of_upload

@@ -23,7 +23,7 @@ from lib.clients.falkordb.scratch import installed_engines
 from lib.clients.falkordb.swap import drop_graph, dump_as
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import delete_collection, wait_green
-from lib.clients.qdrant.restoring import delete_with_snapshots, upload_and_restore
+from lib.clients.qdrant.snapshots import delete_with_snapshots, upload_and_restore
 from lib.files import private_dir
 from lib.journal import Journal, start_journal
 from lib.restore import collection as restore_collection

@@ -8,8 +8,7 @@ import time
 import pytest
 import requests
 
-from lib.clients.qdrant.restoring import can_fetch_itself, recover
-from lib.clients.qdrant.snapshots import create, list_snapshots, restarted, startup
+from lib.clients.qdrant.snapshots import can_fetch_itself, create, list_snapshots, recover, restarted, startup
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.errors import StoreFailed
 from tests.faulty_proxy import Fault, FaultyProxy, answer

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from lib.backup.phases import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
-from lib.clients.qdrant.restoring import _Body
+from lib.clients.qdrant.snapshots import _Body
 from lib.clients.qdrant.transport import QdrantError
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate

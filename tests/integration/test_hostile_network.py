@@ -330,8 +330,7 @@ def test_a_whole_answer_keeps_its_connection():
 
 def test_a_server_sends_the_key_to_its_configured_address_alone():
     """The server is asked to read its own snapshot: its file, from the configured address, and from its localhost."""
-    from lib.clients.qdrant.restoring import can_fetch_itself
-    from lib.clients.qdrant.snapshots import Snapshot
+    from lib.clients.qdrant.snapshots import Snapshot, can_fetch_itself
 
     with serving(replying(400, {"Content-Type": "application/json"}, b'{"status": {"error": "cannot fetch"}}')) as (
         url,

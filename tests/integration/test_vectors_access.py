@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.clients.qdrant import collection, points, restoring, snapshots
+from lib.clients.qdrant import collection, points, snapshots
 from lib.clients.qdrant import collection as recreate
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.transport import Qdrant
@@ -41,9 +41,9 @@ def test_with_the_key_all_goes_as_without_one(guarded: Qdrant):
     made = snapshots.create(guarded, NAME)
     data = io.BytesIO()
     assert snapshots.download(guarded, NAME, made, data.write) == made.checksum
-    location = restoring.can_fetch_itself(guarded, NAME, made, probe="probe")
+    location = snapshots.can_fetch_itself(guarded, NAME, made, probe="probe")
     assert location is not None
-    restoring.recover(guarded, "copy", location, made.checksum)
+    snapshots.recover(guarded, "copy", location, made.checksum)
     assert points.count(guarded, "copy") == 50
     (hit,) = points.search(guarded, "copy", vectors_of(50, 8)[4], 1)
     assert points.retrieve(guarded, "copy", [hit.id], payload=True)[0].payload == payload_of(4)
@@ -61,8 +61,8 @@ def test_without_it_every_request_is_refused_and_no_key_is_shown(guarded: Qdrant
         lambda: upsert.preflight_write(stranger, NAME),
         lambda: snapshots.create(stranger, NAME),
         lambda: snapshots.download(stranger, NAME, snapshots.Snapshot("x", 1, None, ""), lambda _: None),
-        lambda: restoring.preflight_upload(stranger, NAME),
-        lambda: restoring.can_fetch_itself(stranger, NAME, snapshots.Snapshot("x", 1, "0" * 64, ""), "probe"),
+        lambda: snapshots.preflight_upload(stranger, NAME),
+        lambda: snapshots.can_fetch_itself(stranger, NAME, snapshots.Snapshot("x", 1, "0" * 64, ""), "probe"),
         lambda: collection.delete_collection(stranger, NAME),
     ]
     for attempt in attempts:
@@ -77,12 +77,12 @@ def test_a_large_upload_with_a_wrong_key_ends_before_it_begins(guarded: Qdrant, 
     """The server answers from the headers and leaves the body unread: a naive client waits for ever."""
     began = time.monotonic()
     with pytest.raises(AccessRefused):
-        restoring.upload_and_restore(
+        snapshots.upload_and_restore(
             Qdrant(guarded.base_url, WRONG),
             "fresh",
             large,
             size=large.stat().st_size,
-            filename=restoring.unique_filename("x"),
+            filename=snapshots.unique_filename("x"),
             checksum="0" * 64,
         )
     assert time.monotonic() - began < 25

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 import orjson
 import pytest
 
-from lib.clients.qdrant import cluster, collection, points, restoring, snapshots
+from lib.clients.qdrant import cluster, collection, points, snapshots
 from lib.clients.qdrant import collection as recreate
 from lib.clients.qdrant import points as upsert
 from lib.clients.qdrant.snapshot_format import inspect_snapshot, vector_params
@@ -192,7 +192,7 @@ def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(q: Qdran
     assert collection.health(q, names[1]) == "failed"
     assert collection.exists(q, names[1])
     with pytest.raises(MigrationError, match="is failed"):
-        restoring.wait_restored(q, names[1], 1)
+        snapshots.wait_restored(q, names[1], 1)
     for snapshot in snapshots.list_snapshots(q, names[1]):
         assert snapshots.delete(q, names[1], snapshot.name)
     assert collection.delete_collection(q, names[1])
@@ -202,8 +202,8 @@ def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(q: Qdran
 def test_rights_to_write_are_asked_for_without_a_trace(q: Qdrant, filled: str, names: list[str]):
     upsert.preflight_write(q, filled)
     assert points.count(q, filled) == 50
-    restoring.preflight_upload(q, filled)
-    restoring.preflight_upload(q, names[1])
+    snapshots.preflight_upload(q, filled)
+    snapshots.preflight_upload(q, names[1])
     assert collection.get_state(q, filled).points == 50
     assert snapshots.list_snapshots(q, filled) == []
     assert not collection.exists(q, names[1])
@@ -219,12 +219,12 @@ def test_a_single_node_holds_every_shard(q: Qdrant, filled: str):
 
 
 def send(q: Qdrant, name: str, data: bytes) -> None:
-    restoring.upload_and_restore(
+    snapshots.upload_and_restore(
         q,
         name,
         io.BytesIO(data),
         size=len(data),
-        filename=restoring.unique_filename("test"),
+        filename=snapshots.unique_filename("test"),
         checksum=hashlib.sha256(data).hexdigest(),
     )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.clients.qdrant import collection, points, restoring, snapshots
+from lib.clients.qdrant import collection, points, snapshots
 from lib.clients.qdrant.snapshot_format import inspect_snapshot
 from lib.clients.qdrant.transport import NoAnswer, Qdrant, QdrantError
 from lib.errors import BackupDamaged, MigrationError, MissingData, StoreFailed, StoreUnreachable
@@ -118,9 +118,9 @@ def test_a_snapshot_sent_from_a_file_brings_the_collection_back(
     data, _ = fetch(q, filled, made)
     path = tmp_path / "copy"
     path.write_bytes(data)
-    filename = restoring.unique_filename("back")
+    filename = snapshots.unique_filename("back")
     seen: list[int] = []
-    answered = restoring.upload_and_restore(
+    answered = snapshots.upload_and_restore(
         q,
         names[1],
         path,
@@ -141,15 +141,15 @@ def test_a_restore_whose_answer_is_lost_is_waited_for_not_repeated(q: Qdrant, fi
     data, _ = fetch(q, filled, made)
     with BreakingProxy(q) as proxy:
         far = Qdrant(proxy.url)
-        restoring.preflight_upload(far, names[1])
+        snapshots.preflight_upload(far, names[1])
         far.close()
         proxy.swallow = made.checksum.encode()
-        answered = restoring.upload_and_restore(
+        answered = snapshots.upload_and_restore(
             far,
             names[1],
             io.BytesIO(data),
             size=len(data),
-            filename=restoring.unique_filename("back"),
+            filename=snapshots.unique_filename("back"),
             checksum=made.checksum,
             seconds=30,
         )
@@ -162,12 +162,12 @@ def test_a_source_that_ends_early_restores_nothing(q: Qdrant, filled: str, names
     made = snapshots.create(q, filled)
     data, _ = fetch(q, filled, made)
     with pytest.raises(BackupDamaged, match="ends 1 bytes early"):
-        restoring.upload_and_restore(
+        snapshots.upload_and_restore(
             q,
             names[1],
             io.BytesIO(data[:-1]),
             size=len(data),
-            filename=restoring.unique_filename("short"),
+            filename=snapshots.unique_filename("short"),
             checksum=made.checksum,
         )
     assert not collection.exists(q, names[1])
@@ -176,12 +176,12 @@ def test_a_source_that_ends_early_restores_nothing(q: Qdrant, filled: str, names
 def test_a_wrong_checksum_restores_nothing(q: Qdrant, filled: str, names: list[str]):
     data, _ = fetch(q, filled, snapshots.create(q, filled))
     with pytest.raises(BackupDamaged, match="is not the one of the backup") as caught:
-        restoring.upload_and_restore(
+        snapshots.upload_and_restore(
             q,
             names[1],
             io.BytesIO(data),
             size=len(data),
-            filename=restoring.unique_filename("wrong"),
+            filename=snapshots.unique_filename("wrong"),
             checksum="1" * 64,
         )
     assert "checksum mismatch" in str(caught.value.__cause__).lower()
@@ -190,10 +190,10 @@ def test_a_wrong_checksum_restores_nothing(q: Qdrant, filled: str, names: list[s
 
 def test_the_server_restores_from_itself_once_that_is_verified(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
-    location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
+    location = snapshots.can_fetch_itself(q, filled, made, probe=names[2])
     assert location is not None
     assert not collection.exists(q, names[2])
-    assert restoring.recover(q, names[1], location, made.checksum)
+    assert snapshots.recover(q, names[1], location, made.checksum)
     assert_whole(q, names[1])
     assert snapshots.list_snapshots(q, names[1]) == []
 
@@ -201,15 +201,15 @@ def test_the_server_restores_from_itself_once_that_is_verified(q: Qdrant, filled
 @pytest.mark.parametrize("source", ["its own file", "its own address"])
 def test_a_server_reads_its_own_file_before_it_fetches_from_its_address(own_qdrant, monkeypatch, source):
     q, name = Qdrant(own_qdrant.url), "own"
-    folder = f"file://{own_qdrant.folder}/snapshots" if isinstance(own_qdrant, RealQdrant) else restoring._OWN_FOLDER
-    monkeypatch.setattr(restoring, "_OWN_FOLDER", folder if source == "its own file" else "file:///nowhere")
+    folder = f"file://{own_qdrant.folder}/snapshots" if isinstance(own_qdrant, RealQdrant) else snapshots._OWN_FOLDER
+    monkeypatch.setattr(snapshots, "_OWN_FOLDER", folder if source == "its own file" else "file:///nowhere")
     create_small(q, name, 8)
     fill(q, name, 50, 8)
     made = snapshots.create(q, name)
-    location = restoring.can_fetch_itself(q, name, made, probe="probe")
+    location = snapshots.can_fetch_itself(q, name, made, probe="probe")
     assert location is not None
     assert location.startswith(folder if source == "its own file" else q.base_url)
-    assert restoring.recover(q, "copy", location, made.checksum)
+    assert snapshots.recover(q, "copy", location, made.checksum)
     assert_whole(q, "copy")
     assert snapshots.list_snapshots(q, name) == [made]
     assert collection.list_collections(q) == ["copy", name]
@@ -218,38 +218,38 @@ def test_a_server_reads_its_own_file_before_it_fetches_from_its_address(own_qdra
 def test_no_url_if_the_server_cannot_fetch_itself(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
     missing = snapshots.Snapshot("none.snapshot", made.size, made.checksum, made.created)
-    assert restoring.can_fetch_itself(q, filled, missing, probe=names[2]) is None
+    assert snapshots.can_fetch_itself(q, filled, missing, probe=names[2]) is None
     other = snapshots.Snapshot(made.name, made.size, "2" * 64, made.created)
-    assert restoring.can_fetch_itself(q, filled, other, probe=names[2]) is None
+    assert snapshots.can_fetch_itself(q, filled, other, probe=names[2]) is None
     assert not collection.exists(q, names[2])
 
 
 def test_a_recover_whose_answer_is_lost_is_waited_for(q: Qdrant, filled: str, names: list[str]):
     made = snapshots.create(q, filled)
-    location = restoring.can_fetch_itself(q, filled, made, probe=names[2])
+    location = snapshots.can_fetch_itself(q, filled, made, probe=names[2])
     with BreakingProxy(q) as proxy:
         proxy.swallow = b"/snapshots/recover"
-        answered = restoring.recover(Qdrant(proxy.url), names[1], location, made.checksum, seconds=30)
+        answered = snapshots.recover(Qdrant(proxy.url), names[1], location, made.checksum, seconds=30)
     assert not answered
     assert_whole(q, names[1])
 
 
 def test_a_fetch_that_fails_creates_nothing(q: Qdrant, names: list[str]):
     with pytest.raises(QdrantError):
-        restoring.recover(q, names[1], "http://127.0.0.1:9/x.snapshot", "0" * 64)
+        snapshots.recover(q, names[1], "http://127.0.0.1:9/x.snapshot", "0" * 64)
     assert not collection.exists(q, names[1])
 
 
 def test_a_gateway_that_reports_a_restarting_server_does_not_end_the_wait(q: Qdrant, filled: str):
     down = Fault(b"GET /collections ", times=6, answer=answer(502, "Bad Gateway"))
     with FaultyProxy(int(q.base_url.rpartition(":")[2]), down) as proxy:
-        restoring.wait_restored(Qdrant(f"http://127.0.0.1:{proxy.port}", sleep=lambda _: None), filled, 30)
+        snapshots.wait_restored(Qdrant(f"http://127.0.0.1:{proxy.port}", sleep=lambda _: None), filled, 30)
     assert down.hits == 6
 
 
 def test_a_restore_that_never_comes_is_given_up(q: Qdrant, names: list[str]):
     with pytest.raises(StoreFailed, match="is missing"):
-        restoring.wait_restored(q, names[1], 0.1)
+        snapshots.wait_restored(q, names[1], 0.1)
 
 
 def test_nothing_is_restored_onto_a_collection_that_exists(q: Qdrant, filled: str):
@@ -257,9 +257,9 @@ def test_nothing_is_restored_onto_a_collection_that_exists(q: Qdrant, filled: st
     made = snapshots.create(q, filled)
     data, _ = fetch(q, filled, made)
     with pytest.raises(MigrationError, match=r"exists .*clear it first"):
-        restoring.recover(q, filled, "http://127.0.0.1:9/x.snapshot", made.checksum)
+        snapshots.recover(q, filled, "http://127.0.0.1:9/x.snapshot", made.checksum)
     with pytest.raises(MigrationError, match=r"exists .*clear it first"):
-        restoring.upload_and_restore(
+        snapshots.upload_and_restore(
             q, filled, io.BytesIO(data), size=len(data), filename="onto.snapshot", checksum=made.checksum
         )
     assert_whole(q, filled)
@@ -276,12 +276,12 @@ def test_an_upload_that_breaks_midway_is_not_waited_for(q: Qdrant, filled: str, 
             return super().read(min(size, 1000))
 
     with pytest.raises(NoAnswer):
-        restoring.upload_and_restore(
+        snapshots.upload_and_restore(
             q,
             names[1],
             Breaking(data),
             size=len(data),
-            filename=restoring.unique_filename("half"),
+            filename=snapshots.unique_filename("half"),
             checksum=made.checksum,
         )
     assert not collection.exists(q, names[1])
@@ -293,7 +293,7 @@ def test_an_upload_that_a_gateway_ends_midway_is_not_waited_for(q: Qdrant, names
     with FaultyProxy(int(q.base_url.rpartition(":")[2]), gone) as proxy:
         far = Qdrant(f"http://127.0.0.1:{proxy.port}")
         with pytest.raises(QdrantError, match="502: Bad Gateway"):
-            restoring.upload_and_restore(
+            snapshots.upload_and_restore(
                 far,
                 names[1],
                 io.BytesIO(bytes(size)),

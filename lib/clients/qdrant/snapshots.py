@@ -1,44 +1,47 @@
-"""Snapshots of a collection on the server: create once, list, download whole, delete."""
+"""Snapshots of a collection on the server: create once, list, download whole, restore, delete."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import requests
 from urllib3.exceptions import HTTPError
 
-from lib.clients.qdrant.transport import (
-    PAUSES_SECONDS,
-    NoAnswer,
-    NotFound,
-    Qdrant,
-    collection_path,
-    is_down,
-    unanswered,
-)
+from lib.clients.qdrant import transport
+from lib.clients.qdrant.collection import delete_collection, exists, health
+from lib.clients.qdrant.transport import NoAnswer, NotFound, Qdrant, QdrantError, collection_path, is_down, unanswered
 from lib.concurrency import Progress
 from lib.errors import BackupDamaged, MigrationError, StoreFailed, one_line
 from lib.network import end_by
 
-ANSWER_SECONDS = 300.0  # the server answers when the snapshot is made; after that its list is polled
-CREATE_SECONDS = 1800.0
+ANSWER_SECONDS = 300.0  # the server answers when a snapshot is made or restored; after that it is polled
+CREATE_SECONDS = RESTORE_SECONDS = 1800.0
 RESTART_SECONDS = 120.0  # a server that does not answer meanwhile may be starting again
-POLL_SECONDS = 1.0
+FAILED_SECONDS = 10.0  # during a restore, a collection can look failed for a moment
+POLL_SECONDS, RESTORE_POLL_SECONDS = 1.0, 0.5
 PIECE_BYTES = 1024 * 1024
 PIECE_SECONDS = 600.0  # a connection that brings less than a piece in this time is closed
+WRONG_CHECKSUM = "0" * 64
 
 _WAIT = {"wait": "true"}
 _MOST_RESTARTS = 3  # of the server while it makes one snapshot
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_OWN_FOLDER = "file:///qdrant/snapshots"  # of Qdrant's image: read from there, it does not go through the network
+_OWN_URL = "http://localhost:6333"  # a container's own port, if QDRANT_URL is a mapped one
+_CONFLICT = 409
+_SENT_BYTES = 256 << 10  # the timeout of a send applies to each piece
 
 
 @dataclass(frozen=True)
@@ -206,10 +209,10 @@ class _Fetch:
                 return
             enough = PIECE_BYTES if time.monotonic() - began >= PIECE_SECONDS else 1
             barren = barren + 1 if self.received - before < enough else 0
-            if barren > len(PAUSES_SECONDS):
+            if barren > len(transport.PAUSES_SECONDS):
                 text = f"Qdrant at {self._q.display}: the download does not continue after byte {self.received}"
                 raise NoAnswer(text, next_step="check the network, then run the same command again")
-            self._q.sleep(PAUSES_SECONDS[max(0, barren - 1)])
+            self._q.sleep(transport.PAUSES_SECONDS[max(0, barren - 1)])
 
     def _one_connection(self) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"}  # otherwise it is compressed, and has no length
@@ -267,3 +270,225 @@ def _paced(response: requests.Response) -> Iterator[bytes]:
         if left <= 0:
             end_by(response, time.monotonic() + PIECE_SECONDS)
             left = PIECE_BYTES
+
+
+def unique_filename(stem: str) -> str:
+    """Return a name for an uploaded file. The server stores the file under this name, and deletes it by this name."""
+    return f"{stem}-{secrets.token_hex(6)}.snapshot"
+
+
+def preflight_upload(q: Qdrant, collection: str) -> None:
+    """Raise AccessRefused if snapshots may not be uploaded, by an upload of one kilobyte with a wrong checksum.
+
+    It changes and leaves nothing (seen on 1.11.3 and 1.18.3).
+    """
+    try:
+        form = _Form(unique_filename("preflight"), b"0" * 1024)
+        _post(q, collection, form, WRONG_CHECKSUM, q.timeout_seconds)
+    except QdrantError as error:
+        if error.status != 400:
+            raise
+
+
+def upload_and_restore(
+    q: Qdrant,
+    collection: str,
+    source: Path | BinaryIO,
+    *,
+    size: int,
+    filename: str,
+    checksum: str,
+    progress: Progress | None = None,
+    seconds: float = RESTORE_SECONDS,
+    answer_seconds: float = ANSWER_SECONDS,
+    allow_existing: bool = False,
+) -> bool:
+    """Upload a snapshot of `size` bytes and sha256 `checksum`, and have it restored as `collection`.
+
+    Returns whether the server answered within `answer_seconds`; if not, the collection was polled for at most
+    `seconds`. An answer does not verify the points. The server keeps the file as `filename` (see `unique_filename`),
+    also after a failure. `allow_existing`: the collection already has parts from other nodes' snapshots.
+    Raises MigrationError if the collection exists, AccessRefused, QdrantError and StoreFailed (then check `health`
+    and delete a failed collection), NoAnswer if the upload was interrupted, BackupDamaged for a source that is
+    shorter or that has another checksum.
+    """
+    if not allow_existing:
+        _refuse_existing(q, collection)
+    preflight_upload(q, collection)
+    with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as stream:
+        form = _Form(filename, _Body(stream, size, progress))
+        send = partial(_post, q, collection, form, checksum, answer_seconds)
+        try:
+            # Of a part the server restores nothing.
+            return _restored(q, collection, send, seconds, lambda error: unanswered(error) and not form.left)
+        except QdrantError as error:
+            if not _is_mismatch(error):
+                raise
+            raise BackupDamaged(
+                f"the snapshot of '{collection}' that {q.display} received is not the one of the backup: the file"
+                " was changed since it was verified, or damaged on the way",
+                next_step="run the same command again; if it fails again, verify every backup:\n"
+                "python scripts/backup_automem.py --check all",
+            ) from error
+
+
+def recover(
+    q: Qdrant,
+    collection: str,
+    location: str,
+    checksum: str,
+    *,
+    seconds: float = RESTORE_SECONDS,
+    answer_seconds: float = ANSWER_SECONDS,
+    allow_existing: bool = False,
+) -> bool:
+    """Like `upload_and_restore`, from a `location` that the server fetches itself (see `can_fetch_itself`).
+
+    If the collection is already being restored, that restore is waited for.
+    """
+    if not allow_existing:
+        _refuse_existing(q, collection)
+    send = partial(_put_recover, q, collection, location, checksum, answer_seconds)
+
+    def may_run(error: MigrationError) -> bool:
+        return unanswered(error) or (isinstance(error, QdrantError) and error.status == _CONFLICT)
+
+    return _restored(q, collection, send, seconds, may_run)
+
+
+def _restored(
+    q: Qdrant, collection: str, send: Callable[[], object], seconds: float, may_run: Callable[[MigrationError], bool]
+) -> bool:
+    """Send a request to restore. Returns whether it was answered; if a restore may run in spite of an error, waits."""
+    process = startup(q)
+    try:
+        send()
+        return True
+    except (NoAnswer, QdrantError) as error:
+        if not may_run(error):
+            raise
+    wait_restored(q, collection, seconds, process)
+    return False
+
+
+def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str) -> str | None:
+    """The URL from which the server reads this snapshot of its own, or None if it cannot.
+
+    Verified by a recover as `probe` (an unused name) with a wrong checksum: the mismatch error names the right one,
+    and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError for a full disk.
+    """
+    addresses = [base + collection_path(collection, "snapshots", snapshot.name) for base in (q.base_url, _OWN_URL)]
+    own_file = _OWN_FOLDER + collection_path(collection, snapshot.name).removeprefix("/collections")
+    for location in dict.fromkeys((own_file, *addresses)):
+        try:
+            _put_recover(q, probe, location, WRONG_CHECKSUM, q.timeout_seconds)
+        except NoAnswer:
+            continue
+        except QdrantError as error:
+            if transport.is_disk_full(error):
+                raise
+            if _is_mismatch(error) and snapshot.checksum is not None and snapshot.checksum in error.text:
+                return location
+    return None
+
+
+def _is_mismatch(error: QdrantError) -> bool:
+    """Whether what the server received has another checksum."""
+    return error.status == 400 and "checksum mismatch" in error.text.lower()
+
+
+def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | None = None) -> None:
+    """Poll until the collection answers. Raises StoreFailed if it failed, or is not restored after `seconds`.
+
+    Until a restore ends, its collection answers 404 or 500 (seen on 1.11.3 and 1.18.3). `process` is the `startup` of
+    the server that was asked to restore: if the server was restarted, nothing is restored any more.
+    """
+    deadline, failed_since = time.monotonic() + seconds, None
+    while True:
+        new_process = restarted(q, process)
+        try:
+            state = health(q, collection)
+        except MigrationError as error:
+            if not is_down(error):
+                raise
+            state = "unavailable"
+        now = time.monotonic()
+        if state == "live":
+            return
+        failed_since = (failed_since or now) if state == "failed" else None
+        has_failed = failed_since is not None and now - failed_since >= FAILED_SECONDS
+        if has_failed or now >= deadline or (new_process and state == "missing"):
+            raise StoreFailed(f"the restore of '{collection}' at {q.display} did not finish: the collection is {state}")
+        q.sleep(RESTORE_POLL_SECONDS)
+
+
+class _Body:
+    """A stream of known length, as the multipart encoder needs it; `len` is the number of unread bytes."""
+
+    def __init__(self, stream: BinaryIO, size: int, progress: Progress | None) -> None:
+        self.len = size
+        self._stream, self._progress = stream, progress
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._stream.read(self.len if size < 0 else min(size, self.len))
+        if not piece and self.len:
+            raise BackupDamaged(f"the snapshot ends {self.len} bytes early")
+        self.len -= len(piece)
+        if self._progress:
+            self._progress(len(piece))
+        return piece
+
+
+class _Form:
+    """A snapshot as a multipart body of `len` bytes, of which `left` are not sent yet.
+
+    It yields large pieces: from a file object, http.client would read 16 KiB at a time.
+    """
+
+    def __init__(self, filename: str, content: bytes | _Body) -> None:
+        from requests_toolbelt import MultipartEncoder
+
+        self._encoder = MultipartEncoder({"snapshot": (filename, content, "application/octet-stream")})
+        self.len = self.left = int(self._encoder.len)
+        self.content_type = str(self._encoder.content_type)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self._encoder.read(_SENT_BYTES):
+            yield piece
+            self.left -= len(piece)
+
+
+def _post(q: Qdrant, collection: str, form: _Form, checksum: str, seconds: float) -> None:
+    path = collection_path(collection, "snapshots", "upload")
+    params = {"wait": "true", "priority": "snapshot", "checksum": checksum}
+    headers, body = {"Content-Type": form.content_type}, cast("BinaryIO", form)
+    q.call("POST", path, body, params=params, headers=headers, timeout=seconds)
+
+
+def _put_recover(q: Qdrant, collection: str, location: str, checksum: str, seconds: float) -> None:
+    body = {"location": location, "priority": "snapshot", "checksum": checksum}
+    # The key is sent to the configured address only: another server may listen at the other one.
+    if q.api_key and location.startswith(f"{q.base_url}/"):
+        body["api_key"] = q.api_key
+    path = collection_path(collection, "snapshots", "recover")
+    q.json("PUT", path, body, params={"wait": "true"}, timeout=seconds)
+
+
+def _refuse_existing(q: Qdrant, collection: str) -> None:
+    """Raise MigrationError if the collection exists: a restore that fails destroys it (seen on 1.11.3 and 1.18.3)."""
+    state = health(q, collection)
+    if state not in {"missing", "restoring"}:
+        text = f"'{collection}' exists at {q.display} ({state}); a restore would clear it first"
+        raise MigrationError(text, next_step="verify its backup, then delete it and run the same command again")
+
+
+def delete_with_snapshots(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:
+    """Delete a collection, live or failed, and first the snapshots that were uploaded to it (on all `nodes`)."""
+    if not exists(q, name):
+        return
+    for node in (q, *nodes):
+        # The collection matters more: a failed one keeps a 1.11.3 server from starting.
+        with contextlib.suppress(MigrationError):
+            for one in list_snapshots(node, name):
+                delete(node, name, one.name)
+    delete_collection(q, name)
