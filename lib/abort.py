@@ -16,7 +16,7 @@ from lib.clients.qdrant.collection import get_state, health
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
 from lib.errors import DONE, GuardRefused
-from lib.journal import Journal, open_journals
+from lib.journal import Journal, names_in, open_journals
 from lib.restore import collection as collections
 from lib.restore.graph import clean_up_graph
 from lib.restore.run import COMMAND as RESTORE
@@ -41,7 +41,7 @@ def abort_reembed(qdrant: Qdrant, cache: EmbeddingCache, folder: Path, targets: 
     from lib.reembed.context import mark_fresh  # imports numpy, which a backup does not load
     from lib.reembed.quality import SPOT_CHECK, remove_plan
 
-    name, done = phases.collection_of(targets), Aborted()
+    name, done = names_in(targets)[-1], Aborted()
     journals = open_journals(folder, targets, phases.COMMAND, SPOT_CHECK)
     for journal in journals:
         _require_new_collection(qdrant, name, journal)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -191,7 +191,7 @@ def _faults(journal: Journal) -> Iterator[str]:
             return
         if typed.at.tzinfo is None:
             yield f"the time {entry['at']!r} has no time zone"
-    own = [target.split(" ", 2)[-1] for target in journal.targets]
+    own = names_in(journal.targets)
     temporary = "|".join(rf"(?:{re.escape(one)}|\{{{re.escape(one)}\}}){_ENDING}" for one in own)
     collection = "|".join([*map(re.escape, own), temporary])
     patterns = {**_PATTERNS, **dict.fromkeys(_TEMPORARY, temporary), "collection": collection}
@@ -199,6 +199,18 @@ def _faults(journal: Journal) -> Iterator[str]:
         for name, pattern in patterns.items():
             if isinstance(entry.get(name), str) and not re.fullmatch(pattern, entry[name]):
                 yield f"it names {entry[name]!r} as its {name.replace('_', ' ')}"
+
+
+def names_in(targets: Sequence[str]) -> list[str]:
+    """Return the names of the graph and the collection. A target is kind, address and name, which may hold blanks."""
+    return [target.split(" ", 2)[-1] for target in targets]
+
+
+def journals(folder: Path, command: str = "*") -> Iterator[Journal]:
+    """Yield the journals in the folder, of finished runs, too; the newest first. `command`: only those of this one."""
+    for path in sorted(folder.glob(f"journal_*_{command}.jsonl"), reverse=True):
+        if journal := read_journal(path):
+            yield journal
 
 
 def open_journals(folder: Path, targets: list[str] | None = None, *commands: str) -> list[Journal]:

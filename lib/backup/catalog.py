@@ -16,7 +16,7 @@ from shlex import quote
 from lib.backup.manifest import COLLECTION_DIR, FULL, GRAPH_DIR, SAFETY, Manifest, read_manifest
 from lib.errors import BackupDamaged, BadFile, LockHeld, MissingData, UsageProblem
 from lib.files import PARTIAL, lock_targets, sync_dir
-from lib.journal import STAMP_FORMAT, Journal, open_journals, read_journal
+from lib.journal import STAMP_FORMAT, Journal, journals, open_journals
 from lib.network import same_server
 
 CACHE_DIR, REPORT_DIR = "embeddings", "reports"
@@ -107,8 +107,7 @@ def read_sets(folder: Path) -> tuple[list[Manifest], list[Path]]:
 
 def safety_copies(folder: Path) -> set[str]:
     """The names of the sets that restores took of what they replaced. Older manifests do not record that."""
-    journals = (read_journal(path) for path in folder.glob("journal_*_restore.jsonl"))
-    return {name for one in journals if one for name in manifests_named(one)}
+    return {name for one in journals(folder, "restore") for name in manifests_named(one)}
 
 
 def manifests_named(journal: Journal) -> set[str]:

@@ -16,7 +16,7 @@ from lib.clients.qdrant.collection import exists
 from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line
 from lib.dimensions import EmbeddingSpec, provider_fact, public_url
 from lib.errors import AccessRefused, MigrationError, UsageProblem
-from lib.journal import Journal, read_journal
+from lib.journal import Journal, journals
 
 if TYPE_CHECKING:
     from lib.backup.collection import CollectionSource
@@ -197,26 +197,18 @@ def spec_as_json(spec: EmbeddingSpec) -> dict[str, Any]:
     return facts | provider_fact(spec.provider)
 
 
-def collection_of(targets: list[str]) -> str:
-    """The collection's name in the targets of a run."""
-    return targets[1].rsplit(" ", 1)[-1]
-
-
 def last_migration(folder: Path, targets: list[str]) -> Journal | None:
     """The journal of the newest re-embedding of these stores that recreated the collection."""
-    for path in sorted(folder.glob(f"journal_*_{COMMAND}.jsonl"), reverse=True):
-        journal = read_journal(path)
-        if journal and journal.targets == targets and journal.fact("settings"):
-            return journal
-    return None
+    made = (one for one in journals(folder, COMMAND) if one.targets == targets and one.fact("settings"))
+    return next(made, None)
 
 
 def restored_since(migration: Journal) -> bool:
     """Whether a restore of the collection finished after this migration."""
     return any(
         one.run_id > migration.run_id and one.fact("temporary_collection") and not one.is_open
-        for one in map(read_journal, migration.folder.glob("journal_*_restore.jsonl"))
-        if one and one.targets == migration.targets
+        for one in journals(migration.folder, "restore")
+        if one.targets == migration.targets
     )
 
 
@@ -226,11 +218,8 @@ def journalled_stamp(folder: Path, collection: str, size: int) -> dict[str, Any]
     For servers that store no metadata (before 1.16). Empty if that run was no migration, did not finish, or made
     vectors of another size.
     """
-    for path in sorted(folder.glob("journal_*.jsonl"), reverse=True):
-        journal = read_journal(path)
-        if journal is None or journal.targets[-1:] != [collection]:
-            continue
-        if journal.has_reached(DELETING, RESTORING_STAGED, CREATED):
+    for journal in journals(folder):
+        if journal.targets[-1:] == [collection] and journal.has_reached(DELETING, RESTORING_STAGED, CREATED):
             finished = journal.command == COMMAND and journal.has_reached(VERIFIED)
             stamp = journal.fact("stamp") if finished else None
             made = next(iter(stamp.values())) if isinstance(stamp, dict) else {}

@@ -21,7 +21,7 @@ from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import ProgressBar
 from lib.dimensions import EmbeddingSpec, model_settings, provider_of, public_url
 from lib.errors import BackupDamaged, BadFile, GuardRefused
-from lib.journal import Journal, open_journals
+from lib.journal import Journal, names_in, open_journals
 from lib.verify.compare import OTHER_MODEL
 
 _FRESH = "fresh since"
@@ -165,7 +165,7 @@ def refuse_other_stores(ctx: Context) -> None:
     for journal in open_journals(ctx.folder, None, phases.COMMAND):
         if journal.targets == ctx.targets or not journal.has_reached(phases.DELETING):
             continue
-        other, graph = phases.collection_of(journal.targets), journal.targets[0]
+        other, graph = names_in(journal.targets)[-1], journal.targets[0]
         if other == ctx.collection:
             raise GuardRefused(
                 f"an unfinished run deleted '{other}' at another address: {journal.targets[1]}, graph {graph};"
