@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+import msgspec
 import orjson
 
 from lib.concurrency import BackgroundWriter
-from lib.errors import BackupDamaged, BadFile
+from lib.errors import BackupDamaged, BadFile, one_line
 from lib.files import PassThrough, atomic_writer
 
 FACTS, SNAPSHOT, IDS = "collection.json", "snapshot/", "ids.txt"
@@ -70,6 +71,39 @@ class ArchiveFacts:
     def snapshot(self) -> SnapshotMember:
         """All snapshots as one, see `combined`."""
         return combined(self.snapshots)
+
+
+class _Snapshot(msgspec.Struct):
+    snapshot_name: str
+    snapshot_size: int
+    snapshot_sha256: str
+
+
+class _Server(msgspec.Struct):
+    version: str
+    address: str = ""
+
+
+class _Params(msgspec.Struct):
+    vectors: dict[str, Any]
+
+
+class _Config(msgspec.Struct):
+    params: _Params
+
+
+class _Facts(_Snapshot, kw_only=True):
+    """What is read of `collection.json`. `nodes` has an entry for each snapshot if there are several."""
+
+    collection: str
+    server: _Server
+    config: _Config
+    aliases: list[str]
+    model: str
+    promised_ids: int
+    provider: str = ""
+    payload_schema: dict[str, Any] = {}
+    nodes: list[_Snapshot] = []
 
 
 class GzipBlocks:
@@ -262,14 +296,13 @@ def _read_facts(path: Path, stream: IO[bytes]) -> dict[str, Any]:
         raise BackupDamaged(f"{path}: its {FACTS} cannot be read: {error}") from error
     if not isinstance(facts, dict) or not facts.keys() >= _REQUIRED:
         raise _foreign(path)
-    server = facts.get("server") or {}
-    versions = server.values() if isinstance(server, dict) else [1]
+    try:
+        known = msgspec.convert(facts, _Facts)
+    except msgspec.ValidationError as error:
+        raise BackupDamaged(f"{path}: its {FACTS} is incomplete: {one_line(str(error))}") from error
     # Messages and commands show these.
-    names = [facts["collection"], facts.get("model") or "", facts.get("provider") or "", *versions]
-    has_numbers = type(facts["promised_ids"]) is type(facts["snapshot_size"]) is int
-    has_names = all(isinstance(one, str) and one.isprintable() for one in names)
-    if not (isinstance(facts.get("nodes", []), list) and has_numbers and has_names):
-        raise BackupDamaged(f"{path}: its {FACTS} is incomplete")
+    if not f"{known.collection}{known.model}{known.provider}{known.server.version}{known.server.address}".isprintable():
+        raise BackupDamaged(f"{path}: its {FACTS} is incomplete: a name has characters that cannot be printed")
     return facts
 
 

@@ -83,7 +83,7 @@ def verify_collection(
         facts = archive.facts
         if archive.ids != facts["promised_ids"]:
             raise BackupDamaged(f"{path}: {archive.ids} ids inside, {facts['promised_ids']} are expected")
-        size, distance = _vector_params(path, facts)
+        size, distance, _ = vector_params(facts["config"]["params"]["vectors"])
         if component:
             compare_collection(path, component, {**facts, "size": size, "distance": distance})
         if any((one.size, one.distance) != (size, distance) for one in seen if not one.vectors_named):
@@ -181,10 +181,7 @@ def compare_collection(path: Path, component: CollectionComponent, facts: Mappin
 def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFacts]) -> None:
     """Raise BackupDamaged unless the snapshots are those that were downloaded and together hold every shard."""
     facts, names = archive.facts, ("snapshot_name", "snapshot_size", "snapshot_sha256")
-    try:
-        expected = tuple(SnapshotMember(*(one[name] for name in names)) for one in facts.get("nodes") or [facts])
-    except (KeyError, TypeError) as error:
-        raise _incomplete(path) from error
+    expected = tuple(SnapshotMember(*(one[name] for name in names)) for one in facts.get("nodes") or [facts])
     whole = (facts["snapshot_size"], facts["snapshot_sha256"])
     if expected != archive.snapshots or whole != (archive.snapshot.size, archive.snapshot.sha256):
         raise BackupDamaged(f"{path}: the snapshot inside is not the one that was downloaded (sha256 differs)")
@@ -195,22 +192,6 @@ def _compare_snapshots(path: Path, archive: ArchiveFacts, seen: list[SnapshotFac
             f"{path} holds no points of shard {min(missing)}: they are on another Qdrant node",
             next_step="use another backup. A new one needs QDRANT_NODE_URLS to list every node",
         )
-
-
-def _vector_params(path: Path, facts: dict[str, Any]) -> tuple[int, str]:
-    """Size and distance of the collection. Raises BackupDamaged if `facts` lack what a restore reads."""
-    try:
-        vectors, version = facts["config"]["params"]["vectors"], facts["server"]["version"]
-        if all(isinstance(text, str) for text in (version, facts["model"], *facts["aliases"])):
-            size, distance, _ = vector_params(vectors)
-            return size, distance
-    except (KeyError, TypeError, AttributeError, ValueError):
-        pass
-    raise _incomplete(path)
-
-
-def _incomplete(path: Path) -> BackupDamaged:
-    return BackupDamaged(f"{path}: its collection.json is incomplete")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -24,7 +25,10 @@ CONTENT = os.urandom(300_000) + b"\0" * 100_001
 IDENTITIES = [str(number) for number in range(500)] + ["00000000-0000-4000-8000-000000000001"]
 PROMISES = {
     "collection": "c",
+    "server": {"address": "http://localhost:6333", "version": "1.11.3"},
     "config": {"params": {"vectors": {"size": 3, "distance": "Cosine"}}},
+    "aliases": [],
+    "model": "m",
     "snapshot_name": NAME,
     "snapshot_size": len(CONTENT),
     "snapshot_sha256": hashlib.sha256(CONTENT).hexdigest(),
@@ -265,14 +269,14 @@ def test_another_programs_tar_gz(tmp_path):
 def test_memory_does_not_grow_with_the_data(tmp_path, what):
     """The child's peak, for 8 MB and for 200 MB."""
     code = """
-import io, resource, sys
+import io, json, resource, sys
 from pathlib import Path
 from lib.backup import archive as a
 path, what, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 if what == "write":
     with a.archive_writer(path) as archive:
         ids = size // 10 // 1000 * 100
-        facts = b'{"collection":"c","config":1,"snapshot_size":1,"snapshot_sha256":1,"promised_ids":%d}' % ids
+        facts = json.dumps({**json.loads(sys.argv[4]), "promised_ids": ids}).encode()
         archive.add(a.FACTS, io.BytesIO(facts), len(facts))
         archive.begin(a.SNAPSHOT + "s", size)
         block = bytes(range(256)) * 4096
@@ -292,6 +296,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     for size in (8 << 20, 200 << 20):
         for step in ("write", "read"):
             run = [sys.executable, "-c", code, str(tmp_path / f"{size}.tar.gz"), step, str(size)]
+            run.append(json.dumps(PROMISES))
             peaks[step, size] = int(subprocess.run(run, cwd=ROOT, capture_output=True, check=True).stdout)
     assert peaks[what, 200 << 20] / peaks[what, 8 << 20] <= 1.15
 

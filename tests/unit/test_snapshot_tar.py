@@ -14,7 +14,7 @@ import pytest
 from lib.clients.qdrant.segments import EngineKilled, SegmentFiles, Segments, opened_segments
 from lib.clients.qdrant.snapshot_format import Section, SnapshotFacts, Sparse, entries, inspect_snapshot
 from lib.errors import BackupDamaged
-from tests.qdrant_uploads import content, recorded_snapshots
+from tests.qdrant_uploads import content, recorded_snapshots, repacked
 
 VERSIONS = ["1.11.3", "1.18.3"]
 SNAPSHOTS = {version: recorded_snapshots(version) for version in VERSIONS}
@@ -113,6 +113,14 @@ def test_what_servers_lose_data_on_is_refused(snapshots: dict[str, bytes], damag
         inspect(content(damage, snapshots, recorded=True))
     assert caught.value.exit_code == 4
     assert caught.value.next_step
+
+
+@pytest.mark.parametrize("vectors", [{"a": 1}, {"size": "4"}, {"a": {"size": None}}], ids=str)
+def test_a_configuration_that_no_server_writes_is_refused(snapshots: dict[str, bytes], vectors: dict[str, object]):
+    config = json.dumps({"params": {"vectors": vectors}}).encode()
+    data = repacked(snapshots["memories_4d.snapshot"], lambda name, body: config if name == "config.json" else body)
+    with pytest.raises(BackupDamaged, match="without the size of its vectors"):
+        inspect(data)
 
 
 def test_one_zeroed_segment_is_refused(snapshots: dict[str, bytes]):

@@ -122,10 +122,12 @@ class SnapshotFacts:
 
 
 def vector_params(vectors: Mapping[str, Any]) -> tuple[int, str, bool]:
-    """Size, distance and whether vectors are named, from `params.vectors` of a configuration."""
+    """Size, distance and whether vectors are named, from `params.vectors` of a configuration. Without a size: 0."""
     named = not isinstance(vectors.get("size"), int)
-    first: Mapping[str, Any] = next(iter(vectors.values()), {}) if named else vectors
-    return int(first.get("size", 0)), str(first.get("distance", "")), named and bool(vectors)
+    first = next(iter(vectors.values()), None) if named else vectors
+    if not isinstance(first, Mapping) or not isinstance(first.get("size"), int):
+        return 0, "", named and bool(vectors)
+    return first["size"], str(first.get("distance", "")), named
 
 
 def inspect_snapshot(stream: ByteStream, on_segment: OnSegment | None = None) -> SnapshotFacts:
@@ -295,18 +297,22 @@ class _Survey:
         if not isinstance(params, dict) or not isinstance(params.get("vectors"), dict):
             raise _damaged(_SNAPSHOT, "has a config.json without params.vectors")
         size, distance, named = vector_params(params["vectors"])
+        if named and not size:
+            raise _damaged(_SNAPSHOT, "has a config.json without the size of its vectors")
         shards = self._shards(params)
         for shard, vector in self._segments:
             if not named and vector is not None and vector != (size, distance):
                 raise _damaged(_SNAPSHOT, f"holds a segment of another size or distance in shard {shard}")
-        indexes = _parse_json(self._texts.get("payload_index.json", b"{}"), "payload_index.json")
+        schema = _parse_json(self._texts.get("payload_index.json", b"{}"), "payload_index.json").get("schema") or {}
+        if not isinstance(schema, dict):
+            raise _damaged(_SNAPSHOT, "has a payload_index.json that no server writes")
         return SnapshotFacts(
             size=size,
             distance=distance,
             vectors_named=named,
             segments=len(self._segments),
             shards=shards,
-            payload_schema=dict(indexes.get("schema") or {}),
+            payload_schema=schema,
             config=config,
         )
 
