@@ -209,7 +209,8 @@ class CollectionSource:
 
 def stamp_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The model stamp in a collection's configuration; empty if there is none, or one of another form."""
-    stamp = (config.get("metadata") or {}).get(STAMP_KEY)
+    metadata = config.get("metadata")
+    stamp = metadata.get(STAMP_KEY) if isinstance(metadata, dict) else None
     if not isinstance(stamp, dict) or not isinstance(model := stamp.get("model"), str):
         return {}
     return stamp if model and f"{model}{provider_of(stamp)}".isprintable() else {}

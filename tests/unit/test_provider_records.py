@@ -76,6 +76,8 @@ def test_how_the_provider_of_a_collection_is_known():
     assert known_model(1024, {"metadata": {}}, OPENAI, journalled) == {**configured, "model_known": "stamped"}
     stamped = {"model": LARGE, "model_known": "stamped"}
     assert known_model(1024, {"metadata": stamp(OPENAI)}, VOYAGE, journalled) == stamped
+    for odd in ("text", ["list"], {STAMP_KEY: "text"}, {STAMP_KEY: {"model": 1}}):  # of a file that no server wrote
+        assert known_model(1024, {"metadata": odd}, VOYAGE) == configured
     # Of another size: a guess, which is always a model of OpenAI.
     assert known_model(3072, {"metadata": {}}, VOYAGE) == {"model": LARGE, "model_known": "guessed"}
 
