@@ -34,7 +34,7 @@ HOOKS = {
     "graph accepted": "lib.restore.graph.verify_acceptance",
     "copy uploaded": "lib.restore.collection.upload_and_restore",
     "points written": "lib.restore.automem_backup.upsert",
-    "snapshot of the points made": "lib.restore.automem_backup.can_fetch_itself",
+    "snapshot of the points made": "lib.clients.qdrant.snapshots.can_fetch_itself",
     "own address found": "lib.restore.collection.can_fetch_itself",
     "live collection deleted": "lib.restore.collection.delete_collection",
     "copy recovered": "lib.restore.collection.recover",

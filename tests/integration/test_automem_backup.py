@@ -215,7 +215,7 @@ def test_a_server_that_cannot_fetch_from_itself_is_filled_again(operator, monkey
     before = content(operator)
     spoil(operator)
     optimizers = operator.info()["config"]["optimizer_config"]
-    monkeypatch.setattr("lib.restore.automem_backup.can_fetch_itself", lambda *_words: None)
+    monkeypatch.setattr("lib.clients.qdrant.snapshots.can_fetch_itself", lambda *_words: None)
     operator.run("restore_from_backup", str(collection))
     assert operator.info()["config"]["optimizer_config"] == optimizers
     assert content(operator)[2] == before[2]
