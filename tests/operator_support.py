@@ -16,7 +16,7 @@ from typing import Any
 import requests
 
 from lib.clients.falkordb.connection import connect
-from lib.clients.falkordb.swap import drop_graph
+from lib.clients.falkordb.swap import drop_graph, dump_as
 from lib.clients.qdrant.transport import Qdrant
 from tests.sandbox.automem_server import AutoMemServer
 from tests.sandbox.falkordb_server import FalkorServer
@@ -173,6 +173,11 @@ class Operator:
         with connect(self.servers.falkordb.address) as conn:
             names = [name.decode() for name in conn.execute_command("GRAPH.LIST")]
         return sorted(name for name in names if name.startswith(self.graph))
+
+    def copy_graph(self, name: str) -> None:
+        """The graph again under another name. GRAPH.COPY would fork the server, and FalkorDB 4.22 once hung in it."""
+        with connect(self.servers.falkordb.address) as conn:
+            conn.execute_command("RESTORE", name, 0, dump_as(conn, self.graph, name))
 
     def manifests(self) -> list[Path]:
         return sorted(self.backups.glob("backup_*.json"))

@@ -837,7 +837,7 @@ TABLE = [
         "restore_from_backup.py {rdb}",
         2,
         UsageProblem,
-        "{rdb} does not hold the graph 'memoires' (FALKORDB_GRAPH); it holds: {graph}",
+        "{rdb} does not hold the graph 'memoires' (FALKORDB_GRAPH); it holds: {graphs}",
         ("set FALKORDB_GRAPH to the graph that is to be restored, or name another file",),
         env={"FALKORDB_GRAPH": "memoires"},
     ),

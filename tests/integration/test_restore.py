@@ -172,8 +172,7 @@ def test_the_check_of_latest_is_of_these_stores(operator):
     operator.run("backup_automem")
     own = operator.rdb()
     other = f"{operator.graph}_other"
-    with connect(operator.servers.falkordb.address) as conn:
-        conn.execute_command("GRAPH.COPY", operator.graph, other)
+    operator.copy_graph(other)
     operator.run("backup_automem", env={"FALKORDB_GRAPH": other})
     assert own in operator.run("backup_automem", "--check", "latest").out
 

@@ -203,8 +203,7 @@ def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(opera
     journal = start_journal(operator.backups, "restore", place.targets)
     journal.append("safety backup", manifest=operator.manifests()[0].name)
     preserved = f"{operator.graph}__pre_x"
-    with connect(operator.servers.falkordb.address) as conn:
-        conn.execute_command("GRAPH.COPY", operator.graph, preserved)
+    operator.copy_graph(preserved)
     assert drop_old(place.graph, preserved, journal) is None
     assert operator.graphs() == [operator.graph]
 
@@ -215,8 +214,7 @@ def test_what_was_written_after_a_killed_cutover_stays_and_the_old_graph_too(ope
     journal = start_journal(operator.backups, "restore", place.targets)
     old = digest(operator)
     preserved = f"{operator.graph}__pre_{journal.run_id}"
-    with connect(operator.servers.falkordb.address) as conn:
-        conn.execute_command("GRAPH.COPY", operator.graph, preserved)
+    operator.copy_graph(preserved)
     operator.cypher("CREATE (:Memory {id: 'since', content: 'AutoMem went on'})")
     journal.append("switching the graph", safety_graph=preserved, restored_digest="0" * 32)
     (caught,) = clean_up_graph(place.graph, journal)
