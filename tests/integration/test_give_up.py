@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -140,15 +141,15 @@ def test_a_run_that_deleted_the_collection_is_not_given_up_while_none_is_in_its_
 def test_the_collection_that_a_run_deleted_is_found_if_its_name_has_a_blank(operator):
     """Not the live one whose name is the last word: it would pass for the complete collection, and the run be closed."""
     operator.load()
-    operator.graph, operator.collection = f"copy of {operator.graph}", f"copy of {operator.collection}"
-    make_ready(operator)
-    operator.run("reembed_embeddings", "--no-switch")
-    (journal,) = open_journals(operator.backups)
-    journal.append(DELETING, undo="  the way back", settings=operator.info())
-    operator.call("DELETE", "")
-    refused = operator.run("reembed_embeddings", "--abort", expect=2)
-    assert f"deleted the collection '{operator.collection}', and no complete one has replaced it" in refused.err
-    assert [one.run_id for one in open_journals(operator.backups)] == [journal.run_id]
+    other = replace(operator, graph=f"{operator.graph} two", collection=f"{operator.collection} {operator.collection}")
+    make_ready(other)
+    other.run("reembed_embeddings", "--no-switch")
+    (journal,) = open_journals(other.backups)
+    journal.append(DELETING, undo="  the way back", settings=other.info())
+    other.call("DELETE", "")
+    refused = other.run("reembed_embeddings", "--abort", expect=2)
+    assert f"deleted the collection '{other.collection}', and no complete one has replaced it" in refused.err
+    assert [one.run_id for one in open_journals(other.backups)] == [journal.run_id]
 
 
 def test_a_restore_removes_what_the_reembed_that_it_supersedes_had_staged(staged):
