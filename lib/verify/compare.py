@@ -186,7 +186,8 @@ def _compare_page(
             was_wrong = before is None or _differing_keys(payload, old, before)
             found.payloads.add(identity, is_newer=is_newer or not was_wrong, keys=differing)
         elif any(payload.get(key) != properties.get(key) for key in _LAGGING_KEYS):
-            found.lagging += not identical(payload, merged_payload(payload, properties))
+            lagging = {key: properties[key] for key in _LAGGING_KEYS if key in properties}
+            found.lagging += not identical(payload, merged_payload(payload, lagging))
 
 
 def _differing_keys(payload: dict[str, Any], saved: dict[str, Any] | None, properties: Properties) -> list[str]:
