@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 import uuid
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import requests
 
 from lib.backup.points import all_points
 from lib.clients.qdrant import collection, points
@@ -75,6 +77,35 @@ def test_a_vector_is_read_as_numpy_reads_its_numbers(numbers):
     with np.errstate(over="ignore"):
         wanted = np.array(numbers, dtype=np.float32)
     assert np.array_equal(points.float32s(numbers), wanted, equal_nan=True)
+
+
+ROW = '{"id": 1, "payload": {"content": "%s", "n": %s}, "vector": %s}'
+
+
+@pytest.mark.parametrize(
+    ("payload", "vector"),
+    [
+        (("h\\u00e4llo \\ud83d\\ude00", "18446744073709551615"), "[0.1, -0.0, 3.5e-40, 1, 1e39, 0.30000001192092896]"),
+        (("", "0.30000000000000004"), "[0.1, null, 2.0]"),
+        (("", "18446744073709551616"), "[0.1, 2.0]"),
+        (("", "-9223372036854775808"), "null"),
+        (("", "null"), '{"": [0.5, 1], "sparse": {"indices": [1], "values": [0.5]}}'),
+    ],
+)
+def test_every_form_of_a_page_is_read_as_pythons_json_reads_it(monkeypatch, payload, vector):
+    """Pages of plain vectors are read by simdjson, which refuses the others."""
+    text, response = ROW % (*payload, vector), requests.Response()
+    response._content = f'{{"result": [{text}], "status": "ok", "time": 0.1}}'.encode()
+    monkeypatch.setattr(Qdrant, "send", lambda *_args, **_options: response)
+    pages = points.retrieve_pages(Qdrant("http://127.0.0.1:1"), "any", [[1]], payload=True, vector=True)
+    raw = json.loads(text)
+    numbers = raw["vector"][""] if isinstance(raw["vector"], dict) else raw["vector"]
+    with np.errstate(over="ignore"):
+        ((found,),) = pages
+        wanted = numbers and np.array(numbers, dtype=np.float32)
+    assert (found.id, found.payload) == (1, raw["payload"])
+    assert (found.vector is None) == (wanted is None)
+    assert wanted is None or (found.vector.dtype == np.float32 and found.vector.tobytes() == wanted.tobytes())
 
 
 NEW_PAYLOAD = {"content": "new", "relevance_score": 0.12345678901234567}

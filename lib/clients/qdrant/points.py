@@ -110,7 +110,7 @@ def retrieve_pages(
     post = partial(_post_ids, q, name, payload=payload, vector=vector)
     # Decoded here, one after the other: the numbers of a page take five times the memory of its JSON.
     for response in bounded_map(post, pages, PAGES_AT_ONCE):
-        yield _points(q.result(response))
+        yield (vector and _plain_points(response)) or _points(q.result(response))
 
 
 def limits_reads(q: Qdrant, name: str) -> bool:
@@ -180,6 +180,28 @@ def _points(raws: list[dict[str, Any]]) -> list[Point]:
     """Convert in order. A vector from JSON takes eight times the memory of its array: each is freed when read."""
     raws.reverse()
     return [_point(raws.pop()) for _ in range(len(raws))]
+
+
+def _plain_points(response: requests.Response) -> list[Point] | None:
+    """Convert in order, if each point has one unnamed vector; None if not, or if the answer is of another form.
+
+    simdjson makes an array of a vector without an object for each number. It takes half the time of orjson for that.
+    """
+    import numpy as np
+    import simdjson
+
+    try:
+        document: Any = simdjson.Parser().parse(response.content)
+        return [
+            Point(
+                raw["id"],
+                raw["payload"].as_dict(),
+                np.frombuffer(raw["vector"].as_buffer(of_type="d"), dtype=np.float64).astype(np.float32),
+            )
+            for raw in document["result"]
+        ]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # no vector, null, named vectors, 65 bits
+        return None
 
 
 def _point(raw: dict[str, Any]) -> Point:
