@@ -1501,6 +1501,7 @@ TABLE = [
         MigrationError,
         "no sandbox is served on this machine by this user",
         ("python scripts/quickstart.py serve",),
+        env={"TMPDIR": "{tmp}"},  # where it is looked for: somebody may serve one here
     ),
 ]
 
