@@ -216,7 +216,9 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
         elif error.filename is None or isinstance(error, ConnectionError):
             raise  # a bug, or a lost reader
         else:
-            known = MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(where)}")
+            # An unfinished file is removed already.
+            shown = Path(where) if os.path.lexists(where) else Path(where).parent
+            known = MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(str(shown))}")
     _report(known, as_json=as_json)
     with contextlib.suppress(OSError):
         show_held()

@@ -39,9 +39,13 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
-        next_step = _another_folder(path, "make this one yours:\nsudo chown $(id -un)")
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            next_step = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
+        if error.errno in FULL_DISK:
+            raise
+        next_step = "name another folder with --backup-dir (or AUTOMEM_BACKUP_DIR)"
+        if isinstance(error, PermissionError):
+            next_step = _another_folder(path, "make this one yours:\nsudo chown $(id -un)")
+        if error.errno == errno.EROFS:
+            next_step += f"\nto restore a backup set of this one, name its manifest: {path}/backup_*.json"
         raise UsageProblem(f"cannot write to the folder {path}: {error.strerror}", next_step=next_step) from error
     return path
 

@@ -343,6 +343,8 @@ def open_offsite(url: str, keys: CopyKeys = NO_KEYS) -> OffsiteStore:
         if address.scheme == FILE:
             from fsspec.implementations.local import LocalFileSystem
 
+            if (path := Path(address.path)).is_file():
+                raise UsageProblem(f"{path} is a file, a folder is needed", next_step=f"name its folder: {path.parent}")
             return OffsiteStore(address, LocalFileSystem(), address.path, keys)
         from fsspec.core import url_to_fs
 

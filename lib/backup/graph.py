@@ -240,7 +240,8 @@ def _write_rdb(
     except PsyncRefused:
         why_dump = "its RDB is refused"
     except RdbNotMade as error:
-        if not connection.save_failure(source.conn):
+        is_saving = connection.info(source.conn, "persistence").get("rdb_bgsave_in_progress")
+        if not (is_saving or connection.save_failure(source.conn)):
             raise  # the connection broke
         why_dump = str(error)
     return *write_dump(source.conn, source.graph, path, progress), why_dump

@@ -12,7 +12,7 @@ from pathlib import Path
 from lib.backup.graph import GraphSource, GraphVerification, inspect_backup, loaded_graph, machine_lacks, write_dump
 from lib.backup.manifest import CHECKED, GRAPH_DIR, RESTORED, GraphComponent, read_manifest
 from lib.clients.falkordb import swap
-from lib.clients.falkordb.connection import list_graphs, server_versions, temporary_name
+from lib.clients.falkordb.connection import command, list_graphs, server_versions, temporary_name
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
 from lib.clients.falkordb.queries import counts, schema
 from lib.clients.falkordb.rdb import RdbFacts, graph_name, unwrap_dump
@@ -46,9 +46,25 @@ def drop_old(target: GraphSource, safety_name: str, journal: Journal, *, unwritt
         except MigrationError:
             component = None
         if _digest(target, safety_name) != (component.digest if component else ""):
+            _require_preserved(target, safety_name, journal)
             saved = save_graph(target, safety_name, journal)
-    drop_graph(target.conn, safety_name)
+    try:
+        command(target.conn, "GRAPH.DELETE", safety_name)
+    except StoreFailed:
+        _require_preserved(target, safety_name, journal)
+        raise
     return saved
+
+
+def _require_preserved(target: GraphSource, safety_name: str, journal: Journal) -> None:
+    """Raise StoreFailed if the old graph is gone: without an AOF, a restart loses what the server had not saved."""
+    if safety_name in list_graphs(target.conn):
+        return
+    raise StoreFailed(
+        f"graph '{target.graph}' is not restored: FalkorDB at {target.address.display} no longer has {safety_name}, the"
+        " graph before the cutover. It probably restarted with the data of its last save",
+        next_step=f"run the same command again, or undo it:\n{journal.fact('undo')}",
+    )
 
 
 def save_graph(target: GraphSource, name: str, journal: Journal) -> Path:
@@ -231,6 +247,8 @@ def cut_over(backup: GraphBackup, payload: bytes, journal: Journal, *, undo: str
             next_step=f"run the same command again, or undo it:\n{undo}",
         ) from error
     if quiet and differs:
+        if had_old:
+            _require_preserved(target, safety, journal)
         saved = save_graph(target, target.graph, journal)
         if had_old:
             swap.swap_back(target.conn, target.graph, safety)

@@ -14,7 +14,7 @@ from lib.backup.phases import AWAITED, remove_staged, removed, report_snapshots
 from lib.backup.phases import COMMAND as REEMBED
 from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
-from lib.clients.falkordb.swap import drop_graph, write_calls
+from lib.clients.falkordb.swap import drop_graph, only_restored, write_calls
 from lib.clients.qdrant.collection import health
 from lib.clients.qdrant.snapshots import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress
@@ -287,7 +287,7 @@ def _cut_over_graph(
     if old is None:
         return None
     target = files.graph.target
-    unwritten = calls is not None and calls == write_calls(target.conn)
+    unwritten = only_restored(calls, write_calls(target.conn))
     return graphs.drop_old(target, old, journal, unwritten=unwritten)
 
 

@@ -16,7 +16,7 @@ import pytest
 from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.qdrant.collection import exists
-from tests.kill_support import KILLS_EACH, start_held
+from tests.kill_support import KILLS_EACH, standing, start_held
 from tests.operator_support import Operator
 from tests.restore_support import assert_tidy, neighbours, settings, spoil, wait_for
 from tests.sandbox.falkordb_server import FalkorServer
@@ -131,6 +131,42 @@ def test_falkordb_killed(ready, falkordb, where, seconds):
         falkordb.start()
         assert operator.state() == wanted
         assert others() == untouched
+
+
+@pytest.mark.parametrize(
+    ("where", "reported"),
+    [
+        ("called graph accepted", ""),
+        ("called graph swapped in", "It probably restarted with the data of its last save"),
+        ("called old graph compared", "It probably restarted with the data of its last save"),
+    ],
+)
+def test_falkordb_restarts_without_what_it_had_not_saved(session_servers, tmp_path, where, reported):
+    """A server without an AOF comes back as of its last save: here with the graph of before the backup."""
+    with FalkorServer(tmp_path / "falkordb", settings=("appendonly no", 'save ""'), sync_delay_seconds=0) as falkordb:
+        operator = Operator(replace(session_servers, falkordb=falkordb), tmp_path / "work")
+        operator.folder.mkdir()
+        operator.load()
+        with connect(falkordb.address) as conn:
+            conn.execute_command("SAVE")
+        operator.cypher("MATCH (m:Memory) WHERE id(m) = 3 SET m.content = 'newer than the last save'")
+        operator.run("backup_automem", "--only", "falkordb")
+        wanted, file = operator.state().graph, operator.rdb()
+        operator.cypher("MATCH (m:Memory) WHERE id(m) % 3 = 0 DETACH DELETE m")
+        held = start_held(operator, where, "restore_from_backup", file)
+        standing(held)
+        falkordb.kill()
+        falkordb.start()
+        held.release()
+        _, err = held.process.communicate(timeout=400)
+        assert (held.process.returncode, "Traceback" in err) == (1 if reported else 0, False), err
+        assert reported in err
+        if reported:
+            assert operator.state().graph != wanted
+            operator.run("restore_from_backup", file)
+        assert operator.state().graph == wanted
+        assert operator.graphs() == [operator.graph]
+        operator.clean_up()
 
 
 def test_qdrant_stays_down_and_the_next_command_finishes(ready, own_qdrant):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +22,7 @@ import redis
 from lib.clients.falkordb.connection import command, connect, temporary_name
 from lib.errors import StoreFailed
 from lib.journal import open_journals
-from tests.graph_support import unable_to_save
+from tests.graph_support import fill, unable_to_save
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, Operator, Servers
 from tests.restore_support import wait_for
@@ -90,6 +94,29 @@ def test_a_server_that_cannot_write_its_rdb_for_a_replica_is_dumped(operator):
         operator.run("backup_automem", "--only", "falkordb")
     assert component(operator)["digest"] == before.graph
     assert component(operator)["proof"] == "restored"
+
+
+def test_a_server_whose_save_hangs_is_dumped(session_servers, tmp_path, monkeypatch):
+    """It sends no RDB before the save ends that it began before."""
+    monkeypatch.setattr("lib.clients.falkordb.psync.PREPARE_SECONDS", 1.0)
+    with FalkorServer(tmp_path / "falkordb", sync_delay_seconds=0) as falkordb, connect(falkordb.address) as conn:
+        operator = Operator(replace(session_servers, falkordb=falkordb), tmp_path / "work")
+        operator.folder.mkdir()
+        operator.load(40)
+        before = operator.state().graph
+        fill(conn, "another", 30_000, characters=300)  # so that the save takes a moment
+        conn.bgsave()
+        tasks = Path(f"/proc/{falkordb.pid}/task").glob("*/children")
+        child = int(next(filter(None, (one.read_text() for one in tasks))))
+        os.kill(child, signal.SIGSTOP)
+        try:
+            operator.run("backup_automem", "--only", "falkordb")
+        finally:
+            os.kill(child, signal.SIGCONT)
+        assert component(operator)["digest"] == before
+        assert component(operator)["kind"] == "dump"
+        assert "has not begun to send its RDB for 1 s" in component(operator)["proof_note"]
+        operator.clean_up()
 
 
 # --- an address of IPv6 -------------------------------------------------------------------------------------------

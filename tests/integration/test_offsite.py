@@ -167,6 +167,15 @@ def test_an_existing_set_that_no_copy_gives_back_is_not_uploaded(operator, tmp_p
     assert files_in(tmp_path / "copies") == {}
 
 
+@pytest.mark.parametrize("words", [("--list", "{file}"), ("--cleanup", "--upload", "{file}", "--keep", "3")])
+def test_a_file_is_no_place_of_copies(operator, tmp_path, words):
+    file = tmp_path / "backup_20261129_021700.json"
+    file.write_text("{}")
+    err = operator.run("backup_automem", *(word.format(file=file) for word in words), expect=2).err
+    assert f"{file} is a file, a folder is needed" in err
+    assert f"name its folder: {tmp_path}" in err
+
+
 def test_a_backup_is_uploaded_listed_verified_and_restored_from_there(operator, place, tmp_path):
     operator.load()
     done = operator.run("backup_automem", "--upload", place.url, "--json")

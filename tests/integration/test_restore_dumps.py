@@ -10,6 +10,7 @@ from lib.clients.automem import HealthAnswer
 from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.falkordb.scratch import NoEngine
+from lib.clients.falkordb.swap import dump_as
 from lib.errors import StoreFailed, UsageProblem
 from lib.journal import open_journals, start_journal
 from lib.restore.graph import clean_up_graph, drop_old
@@ -194,6 +195,55 @@ def test_a_late_write_is_saved_although_the_servers_statistics_were_reset(operat
 
         done = run_restore(operator, site(operator, both=False), file, undo=write_late)
     assert done.late_writes is not None
+
+
+@pytest.mark.parametrize("how", ["RENAME", "RESTORE", "no statistics", "being executed"])
+def test_a_late_write_is_saved_although_the_servers_statistics_do_not_show_it(operator, monkeypatch, how):
+    """A server's proxy may answer INFO without statistics. A query is counted when it ends."""
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    file, other = operator.rdb(), f"{operator.graph}__other"
+    operator.copy_graph(other)
+    with connect(operator.servers.falkordb.address) as conn:
+        conn.execute_command("GRAPH.QUERY", other, "CREATE (:Memory {id: 'late', content: 'of the last moment'})")
+        away = f"{operator.graph}__away"
+        conn.execute_command("RENAME", operator.graph, away)
+        payload = dump_as(conn, other, operator.graph)
+        conn.execute_command("RENAME", away, operator.graph)
+        ask = type(conn).info
+
+        def info(self, *sections: str):
+            answer = ask(self, *sections)
+            if "commandstats" not in sections:
+                return answer
+            if how == "no statistics":
+                return {name: one for name, one in answer.items() if not name.startswith("cmdstat_")}
+            return {**answer, "blocked_clients": 1}
+
+        def write_late(_safety: object) -> str:
+            conn.execute_command("RENAME", operator.graph, away)
+            if how == "RESTORE":
+                conn.execute_command("RESTORE", operator.graph, 0, payload)
+            else:
+                conn.execute_command("RENAME", other, operator.graph)
+            return "the undo"
+
+        if how in ("no statistics", "being executed"):
+            monkeypatch.setattr(type(conn), "info", info)
+        done = run_restore(operator, site(operator, both=False), file, undo=write_late)
+    assert done.late_writes is not None
+    operator.run("restore_from_backup", str(done.late_writes))
+    assert operator.cypher("MATCH (m:Memory {id: 'late'}) RETURN m.content") == [["of the last moment"]]
+
+
+def test_the_old_graph_is_not_read_again_if_nobody_wrote(operator, monkeypatch):
+    operator.load()
+    operator.run("backup_automem", "--only", "falkordb")
+    operator.cypher("MATCH (m:Memory) WHERE id(m) % 2 = 0 DETACH DELETE m")
+    dropped = []
+    monkeypatch.setattr("lib.restore.graph.drop_old", lambda *_words, unwritten: dropped.append(unwritten))
+    assert run_restore(operator, site(operator, both=False), operator.rdb()).late_writes is None
+    assert dropped == [True]
 
 
 def test_an_old_graph_equal_to_its_safety_backup_is_dropped_without_a_file(operator):

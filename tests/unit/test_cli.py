@@ -113,6 +113,14 @@ def test_trouble_with_files_is_reported_without_a_traceback(raised, message):
     assert "\nnext:\n" in err
 
 
+@pytest.mark.parametrize(("name", "shown"), [("x.partial", ""), ("there", "/there")])
+def test_the_next_step_shows_what_exists(tmp_path, name, shown):
+    """An unfinished file is removed before its error is reported."""
+    (tmp_path / "there").touch()
+    _, _, err = run(f"raise OSError(5, 'Input/output error', {str(tmp_path / name)!r})")
+    assert f"ls -ld {tmp_path}{shown}\n" in err
+
+
 @pytest.mark.parametrize("raised", ["OSError(9, 'Bad file descriptor')", "ConnectionResetError(104, 'reset')"])
 def test_other_trouble_of_the_system_is_a_bug(raised):
     code, _, err = run(f"raise {raised}")

@@ -240,6 +240,28 @@ def test_a_file_that_blocks_the_folder(tmp_path, where):
     assert "chown" not in caught.value.next_step
 
 
+@pytest.mark.parametrize("answer", [errno.EROFS, errno.EIO])
+def test_a_folder_that_no_user_can_write_to_is_not_to_be_given_to_another_one(tmp_path, monkeypatch, answer):
+    def touch(path: Path, **_more: object) -> None:
+        raise OSError(answer, os.strerror(answer), str(path))
+
+    monkeypatch.setattr(Path, "touch", touch)
+    with pytest.raises(UsageProblem, match=f"cannot write to the folder {tmp_path}: {os.strerror(answer)}") as caught:
+        private_dir(tmp_path)
+    assert "name another folder with --backup-dir" in caught.value.next_step
+    assert "chown" not in caught.value.next_step
+    assert (f"name its manifest: {tmp_path}/backup_*.json" in caught.value.next_step) == (answer == errno.EROFS)
+
+
+def test_a_folder_on_a_full_disk_is_reported_as_that(tmp_path, monkeypatch):
+    def mkdir(path: Path, **_more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(OSError, match="No space left on device"):  # `cli.run` names the disk
+        private_dir(tmp_path / "new")
+
+
 def test_a_folder_of_the_system_that_takes_no_files():
     with pytest.raises(UsageProblem, match="cannot write to the folder /proc/1"):
         private_dir(Path("/proc/1"))

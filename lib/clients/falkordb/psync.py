@@ -23,7 +23,7 @@ CONNECT_SECONDS = 10.0
 IDLE_SECONDS = 60.0  # without a byte
 PIECE_BYTES, PIECE_SECONDS = 1 << 20, 600.0  # a connection that brings less of the RDB in this time is given up
 CRC_BYTES = 8
-PREPARE_SECONDS = 3600.0  # a server that prepares an RDB on its disk sends newlines until it is ready
+PREPARE_SECONDS = 600.0  # a server that writes an RDB to its disk, this or an earlier one, sends newlines meanwhile
 _LINE_BYTES = 1 << 16
 _AGAIN = "run the same command again"
 _GRANT = "grant it (in redis-cli: ACL SETUSER <user> +psync +replconf); without it the graph is backed up with DUMP"
@@ -46,7 +46,10 @@ class PsyncRefused(AccessRefused):
 
 
 class RdbNotMade(StoreUnreachable):
-    """The server failed to make an RDB: it lacks the memory to fork, or room on its disk. DUMP may still work."""
+    """The server failed to make an RDB: it lacks the memory to fork, or room on its disk, or a save of it hangs.
+
+    DUMP may still work.
+    """
 
 
 def stream_rdb(
@@ -133,11 +136,11 @@ class _ReplicaConnection:
             self._ask("AUTH", *self._login)
         self._ask("REPLCONF", "capa", "eof")
         self._ask("REPLCONF", "rdb-only", "1")
-        answer = self._ask("PSYNC", "?", "-1")
-        if not answer.startswith(b"+FULLRESYNC"):
-            shown = answer[:80].decode("utf-8", "replace")
-            raise StoreFailed(f"FalkorDB at {self.address} answered PSYNC with {shown}")
         try:
+            answer = self._ask("PSYNC", "?", "-1")
+            if not answer.startswith(b"+FULLRESYNC"):
+                shown = answer[:80].decode("utf-8", "replace")
+                raise StoreFailed(f"FalkorDB at {self.address} answered PSYNC with {shown}")
             return self._line()
         except StoreUnreachable as error:
             if isinstance(error.__cause__, OSError):
@@ -175,7 +178,8 @@ class _ReplicaConnection:
                 raise StoreUnreachable(text, next_step="look at the server's log: it may lack the memory to fork")
             if time.monotonic() > deadline:
                 why = f"has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
-                raise StoreUnreachable(f"FalkorDB at {self.address} {why}")
+                step = "look at the server's log: a save that it began before (BGSAVE) may hang"
+                raise StoreUnreachable(f"FalkorDB at {self.address} {why}", next_step=step)
             line = (line + byte).lstrip()
         if line.startswith(b"-"):
             raise _refusal(line[1:].decode("utf-8", "replace").strip(), self.address)

@@ -16,11 +16,12 @@ from lib.errors import AccessRefused, MigrationError, MissingData, StoreFailed, 
 _COMMANDS = ("restore", "rename", "multi", "exec", "dump", "graph.delete", "graph.ro_query")
 _NO_PAYLOAD = b"\xff" * 12  # its version is newer than any server's, so nothing is ever restored from it
 _EVICTS_ANY_KEY = ("allkeys-lru", "allkeys-lfu", "allkeys-lrm", "allkeys-random")
-# What changes no graph, or is a step of the swap.
-_UNCOUNTED = {"restore", "rename", "multi", "exec", "graph.delete", "graph.config", "graph.list", "graph.ro_query"}
-_UNCOUNTED |= {"graph.udf", "auth", "client", "config", "command", "dbsize", "dump", "exists", "get", "hello", "info"}
-_UNCOUNTED |= {"keys", "memory", "module", "pexpiretime", "ping", "psync", "replconf", "scan", "select", "slowlog"}
-_UNCOUNTED |= {"ttl", "type"}
+# What changes no graph.
+_READING = {"graph.config", "graph.list", "graph.ro_query", "graph.udf", "multi", "exec", "auth", "client", "config"}
+_READING |= {"command", "dbsize", "dump", "exists", "get", "hello", "info", "keys", "memory", "module", "pexpiretime"}
+_READING |= {"ping", "psync", "replconf", "scan", "select", "slowlog", "ttl", "type"}
+# What a restore sends that changes graphs: its trial restore, which it deletes, and the swap.
+_OWN_CALLS = {"restore": 2, "graph.delete": 1, "rename": 1}
 BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
 
 
@@ -115,19 +116,35 @@ def other_clients(conn: redis.Redis) -> list[dict[str, str]]:
 
 
 def write_calls(conn: redis.Redis) -> dict[str, object] | None:
-    """Count the calls, by command, that may have changed a graph since the server's start; None if INFO is refused.
+    """Count the calls, by command, that may have changed a graph since the server's start. For `only_restored`.
 
-    Left out are commands that change nothing, and those of a swap. AutoMem sends GRAPH.QUERY for its reads, too. After
-    a restart, or CONFIG RESETSTAT, the server counts from 0 again: what identifies both is returned as well.
+    Returns None if INFO is refused, or if a command is being executed, which may write and is not counted yet.
+    AutoMem sends GRAPH.QUERY for its reads, too. After a restart, or CONFIG RESETSTAT, the server counts from 0 again:
+    what identifies both is returned as well.
     """
     try:
         with translated(conn):
-            stats = conn.info("commandstats", "server")
+            stats = conn.info("commandstats", "server", "clients")
     except MigrationError:
         return None
-    names = {name: name.removeprefix("cmdstat_").partition("|")[0].lower() for name in stats if "cmdstat_" in name}
-    counted = {name: stats[name]["calls"] for name, kind in names.items() if kind not in _UNCOUNTED}
-    return {**counted, "run_id": stats.get("run_id"), "reset": stats.get("cmdstat_config|resetstat")}
+    if stats.get("blocked_clients") != 0:
+        return None
+    counted: dict[str, object] = {"run_id": stats.get("run_id"), "reset": stats.get("cmdstat_config|resetstat")}
+    for name in stats:
+        kind = name.removeprefix("cmdstat_").partition("|")[0].lower()
+        if "cmdstat_" in name and kind not in _READING:
+            counted[kind] = int(str(counted.get(kind, 0))) + int(stats[name]["calls"])
+    return counted
+
+
+def only_restored(before: dict[str, object] | None, after: dict[str, object] | None) -> bool:
+    """Whether nobody but one restore, which sent `_OWN_CALLS`, can have changed a graph between two `write_calls`.
+
+    A server that counts has counted a RESTORE before: `require_writable` sends one.
+    """
+    if before is None or after is None or "restore" not in before:
+        return False
+    return after == {**before, **{name: int(str(before.get(name, 0))) + own for name, own in _OWN_CALLS.items()}}
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
