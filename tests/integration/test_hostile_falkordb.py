@@ -91,7 +91,7 @@ def test_a_reply_of_another_measure_is_no_graph(operator, kind):
         operator.export(FALKORDB_PORT=port)
         began = time.monotonic()
         result = operator.run("backup_automem", expect=1)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30  # it is sent for 60 s
     assert f"what answers at 127.0.0.1:{port} is not FalkorDB" in result.err
 
 
