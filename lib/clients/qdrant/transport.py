@@ -325,6 +325,9 @@ def _status_error(q: Qdrant, response: requests.Response) -> AccessRefused | Qdr
     if reports_full_disk(text):
         step = "free disk space on the Qdrant server, then run the same command again"
         step += "\nif it has room and still answers this: docs/worst-day.md"
+    if status == 400 and ". Help: " in text:
+        step = "strict mode of the collection forbids this: permit it there while these scripts run"
+        step += " (strict_mode_config), then run the same command again"
     if status == 413:  # Qdrant itself answers 400
         step = "a proxy limits the size of a request: raise its limit, or set QDRANT_URL to Qdrant's own address"
     return QdrantError(display, status, text, retry_after=response.headers.get("Retry-After"), next_step=step)
