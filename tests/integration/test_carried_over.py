@@ -277,6 +277,8 @@ def test_a_collection_whose_strict_mode_permits_nothing_exact_is_migrated(operat
     operator.run("backup_automem")
     had = settings(operator)
     upgrade(operator)
+    refused = operator.run("reembed_embeddings", "--limit", "5", expect=1)
+    assert "permit it there while these scripts run (strict_mode_config)" in refused.err
     operator.run("reembed_embeddings")
     assert_migrated(operator, points)
     assert settings(operator) == had

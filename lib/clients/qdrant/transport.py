@@ -42,6 +42,9 @@ class QdrantError(StoreFailed):
     def __init__(
         self, display: str, status: int, text: str, *, retry_after: str | None = None, next_step: str = ""
     ) -> None:
+        if status == 400 and ". Help: " in text:
+            next_step = "strict mode of the collection forbids this: permit it there while these scripts run"
+            next_step += " (strict_mode_config), then run the same command again"
         super().__init__(f"Qdrant at {display} answered {status}: {text}", next_step=next_step)
         self.status, self.text, self.retry_after = status, text, retry_after
 
@@ -325,9 +328,6 @@ def _status_error(q: Qdrant, response: requests.Response) -> AccessRefused | Qdr
     if reports_full_disk(text):
         step = "free disk space on the Qdrant server, then run the same command again"
         step += "\nif it has room and still answers this: docs/worst-day.md"
-    if status == 400 and ". Help: " in text:
-        step = "strict mode of the collection forbids this: permit it there while these scripts run"
-        step += " (strict_mode_config), then run the same command again"
     if status == 413:  # Qdrant itself answers 400
         step = "a proxy limits the size of a request: raise its limit, or set QDRANT_URL to Qdrant's own address"
     return QdrantError(display, status, text, retry_after=response.headers.get("Retry-After"), next_step=step)
