@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,18 @@ def fill_rich(conn: redis.Redis, graph: str) -> None:
     )
     constrain(conn, graph, "UNIQUE", "NODE", "Memory", "id")
     constrain(conn, graph, "MANDATORY", "RELATIONSHIP", "NEXT", "i")
+
+
+def load_backticks(conn: redis.Redis, graph: str) -> None:
+    """Two nodes and a relationship whose label and type no query can name, as FalkorDB's bulk loader makes them."""
+    first = conn.execute_command("GRAPH.QUERY", graph, "MATCH (n) RETURN coalesce(max(id(n)), -1) + 1")[1][0][0]
+
+    def part(name: str, key: str, *rows: bytes) -> bytes:
+        return name.encode() + b"\0" + struct.pack("<I", 1) + key.encode() + b"\0" + b"".join(rows)
+
+    nodes = part("tick`ed", "k`ey", b"\x03one\0", b"\x03two\0")
+    edges = part("ti`ck", "key", struct.pack("<QQ", first, first + 1) + b"\x03between\0")
+    conn.execute_command("GRAPH.BULK", graph, 2, 1, 1, 1, nodes, edges)
 
 
 def constrain(conn: redis.Redis, graph: str, kind: str, entity: str, label: str, key: str) -> None:

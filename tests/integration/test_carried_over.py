@@ -267,6 +267,26 @@ def test_every_datatype_is_migrated_and_compared_as_it_is_stored(operator, datat
     assert checks["vectors"]["status"] == "FAILED"
 
 
+def test_a_collection_whose_strict_mode_permits_nothing_exact_is_migrated(operator):
+    """Strict mode also forbids an exact count, on which every command relies."""
+    if operator.qdrant.version() < "1.13":
+        pytest.skip("strict mode came with 1.13")
+    operator.load(40)
+    points = points_of(operator)
+    operator.call("PATCH", "", {"strict_mode_config": {"enabled": True, "search_allow_exact": False}})
+    operator.run("backup_automem")
+    had = settings(operator)
+    upgrade(operator)
+    refused = operator.run("reembed_embeddings", "--limit", "5", expect=1)
+    assert "permit it there while these scripts run (strict_mode_config)" in refused.err
+    operator.run("reembed_embeddings")
+    assert_migrated(operator, points)
+    assert settings(operator) == had
+    operator.run("verify_migration")
+    operator.run("restore_from_backup", operator.archive())
+    assert points_of(operator).keys() == points.keys()
+
+
 def require_later_vectors(operator) -> None:
     """Skip if the server cannot add a vector to a collection: it answers as for an unknown address."""
     url = f"{operator.servers.qdrant_url}/collections/nobody/vectors/later"

@@ -26,6 +26,7 @@ from tests.graph_support import (
     constrain,
     fill,
     fill_rich,
+    load_backticks,
     rich_counts,
     write,
 )
@@ -278,6 +279,17 @@ def test_names_without_nodes_are_not_counted_but_are_part_of_the_schema(conn: re
     assert counts(conn, "g").labels == {"A": 1, "C": 1}
     assert counts(conn, "g").types == {}
     assert schema(conn, "g").labels == ["A", "B", "C"]
+
+
+def test_names_with_a_backtick_are_counted(conn: redis.Redis):
+    """No query can quote them. An index's label is one although no node has it, and cannot be removed again."""
+    fill(conn, "g", 3)
+    load_backticks(conn, "g")
+    write(conn, "g", "CALL db.idx.fulltext.createNodeIndex('an index`s', 'x')")
+    found = counts(conn, "g")
+    assert found.labels == {"Memory": 3, "tick`ed": 2}
+    assert found.types == {"ti`ck": 1}
+    assert (found.nodes, found.relationships) == (5, 1)
 
 
 def test_a_constraint_that_failed_is_no_part_of_the_schema(conn: redis.Redis):

@@ -14,8 +14,10 @@ import requests
 
 from lib.backup.manifest import sealed
 from lib.clients.falkordb.connection import connect
+from lib.clients.falkordb.digest import graph_digest
 from lib.clients.falkordb.swap import drop_graph
 from tests.faulty_proxy import Fault, FaultyProxy
+from tests.graph_support import load_backticks
 from tests.matrix import matrix
 from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, ROOT, SMALL, Operator
 from tests.qdrant_uploads import repacked
@@ -29,6 +31,20 @@ pytestmark = pytest.mark.qdrant
 def upgrade(operator) -> None:
     operator.export(VECTOR_SIZE=NEW_SIZE, EMBEDDING_MODEL=LARGE)
     operator.run("reembed_embeddings", "--batch-size", "100")
+
+
+def test_a_graph_with_names_that_no_query_can_quote_is_backed_up_and_restored(operator):
+    operator.load(20)
+    with connect(operator.servers.falkordb.address) as conn:
+        load_backticks(conn, operator.graph)
+        before = graph_digest(conn, operator.graph)
+        operator.run("backup_automem")
+        (manifest,) = operator.manifests()
+        assert json.loads(manifest.read_text())["graph"]["labels"]["tick`ed"] == 2
+        upgrade(operator)
+        drop_graph(conn, operator.graph)
+        operator.run("restore_from_backup", operator.rdb())
+        assert graph_digest(conn, operator.graph) == before
 
 
 def test_the_guides_rollback_brings_both_stores_back_and_its_undo_undoes(operator):

@@ -224,6 +224,19 @@ def test_strict_mode_shrinks_batches_and_pages(q: Qdrant, names: list[str]):
     assert [point.id for page in pages for point in page] == ids_of(64)
 
 
+def test_points_are_counted_if_strict_mode_permits_nothing_exact(q: Qdrant, names: list[str]):
+    if q.version() < "1.13":
+        pytest.skip("strict mode came with 1.13")
+    create_small(q, names[0], 8)
+    upsert.upsert(q, names[0], ids_of(64), vectors_of(64, 8), [{}] * 64)
+    fields = {"enabled": True, "search_allow_exact": False, "max_query_limit": 6}
+    q.json("PATCH", f"/collections/{names[0]}", {"strict_mode_config": fields})
+    with pytest.raises(QdrantError, match="Exact search disabled") as refused:
+        q.json("POST", f"/collections/{names[0]}/points/count", {"exact": True})
+    assert "strict_mode_config" in refused.value.next_step
+    assert points.count(q, names[0]) == 64
+
+
 def test_a_limit_of_reads_that_counts_each_id_stops_no_reading_of_all_points(q: Qdrant, names: list[str]):
     if q.version() < "1.13":
         pytest.skip("strict mode came with 1.13")

@@ -168,10 +168,14 @@ def raw_rows(conn: redis.Redis, graph: str, cypher: str, **params: object) -> li
 
     The server returns at most RESULTSET_SIZE rows. Raises MissingData if there is no such graph, and like `command`.
     """
+    return several_rows(conn, graph, [_bound(cypher, **params)])[0]
+
+
+def _bound(cypher: str, **params: object) -> str:
     from falkordb.helpers import stringify_param_value
 
-    bound = "".join(f"{name}={stringify_param_value(value)} " for name, value in params.items())
-    return several_rows(conn, graph, [f"CYPHER {bound}{cypher}" if bound else cypher])[0]
+    values = "".join(f"{name}={stringify_param_value(value)} " for name, value in params.items())
+    return f"CYPHER {values}{cypher}" if values else cypher
 
 
 def several_rows(conn: redis.Redis, graph: str, queries: Sequence[str]) -> list[list[Row]]:
@@ -326,14 +330,21 @@ def counts(conn: redis.Redis, graph: str) -> GraphCounts:
     """Return exact counts. The server maintains them, so each is one short query."""
     labels, types = map(_names_in, several_rows(conn, graph, [LABELS, TYPES]))
     queries = ["MATCH (n) RETURN count(n)", "MATCH ()-[r]->() RETURN count(r)"]
-    queries += [f"MATCH (n:{quoted(label)}) RETURN count(n)" for label in labels]
-    queries += [f"MATCH ()-[r:{quoted(kind)}]->() RETURN count(r)" for kind in types]
+    queries += [_count_of(label, "(n:{})", "(n) WHERE hasLabels(n, [$name])") for label in labels]
+    queries += [_count_of(kind, "()-[n:{}]->()", "()-[n]->() WHERE type(n) = $name") for kind in types]
     numbers = iter(int(rows[0][0][1]) for rows in several_rows(conn, graph, queries))
     nodes, relationships = next(numbers), next(numbers)
     # Both lines read from the same iterator: first the numbers of the labels, then those of the types.
     by_label = {name: number for name, number in zip(labels, numbers, strict=False) if number}
     by_type = {name: number for name, number in zip(types, numbers, strict=True) if number}
     return GraphCounts(nodes, relationships, by_label, by_type)
+
+
+def _count_of(name: str, pattern: str, scan: str) -> str:
+    """Return the query that counts what has this label or type: by a scan of all if the name cannot be quoted."""
+    if "`" not in name:
+        return f"MATCH {pattern.format(quoted(name))} RETURN count(n)"
+    return _bound(f"MATCH {scan} RETURN count(n)", name=name)
 
 
 def schema(conn: redis.Redis, graph: str) -> GraphSchema:

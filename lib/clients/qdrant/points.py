@@ -38,6 +38,7 @@ _WAIT = {"wait": "true"}
 # Strict mode (Qdrant 1.13 and later): 'Limit exceeded 100 > 2 for "limit". Help: ...'
 _PAGE_LIMIT = re.compile(r'Limit exceeded \d+ > (\d+) for "limit"')
 _UPSERT_LIMIT = re.compile(r'Limit exceeded \d+ > (\d+) for "upsert limit"')
+_EXACT_REFUSED = "Exact search disabled"
 _INVALID_ROW = (400, 422)
 
 
@@ -147,8 +148,16 @@ def _post_ids(
 
 
 def count(q: Qdrant, name: str) -> int:
-    """The exact number of points in the collection. Raises NotFound, QdrantError."""
-    answer = q.json("POST", collection_path(name, "points", "count"), {"exact": True}, retry=True)
+    """The exact number of points in the collection. Raises NotFound, QdrantError.
+
+    If strict mode permits nothing exact (`search_allow_exact`), the ids are read and counted.
+    """
+    try:
+        answer = q.json("POST", collection_path(name, "points", "count"), {"exact": True}, retry=True)
+    except QdrantError as error:
+        if error.status != 400 or _EXACT_REFUSED not in error.text:
+            raise
+        return sum(map(len, scroll(q, name)))
     return int(answer["count"])
 
 

@@ -42,6 +42,9 @@ class QdrantError(StoreFailed):
     def __init__(
         self, display: str, status: int, text: str, *, retry_after: str | None = None, next_step: str = ""
     ) -> None:
+        if status == 400 and ". Help: " in text:
+            next_step = "strict mode of the collection forbids this: permit it there while these scripts run"
+            next_step += " (strict_mode_config), then run the same command again"
         super().__init__(f"Qdrant at {display} answered {status}: {text}", next_step=next_step)
         self.status, self.text, self.retry_after = status, text, retry_after
 

@@ -127,7 +127,8 @@ def _apply(call: Call, operation: Change) -> Any:
 
 def _reads(read: Callable[[Collection, Json], Any]) -> Handler:
     def handler(call: Call) -> Any:
-        call.collection.check_read(call.json.get("limit"), len(call.json.get("ids", "1")))
+        exact = bool({**call.json, **(call.json.get("params") or {})}.get("exact"))
+        call.collection.check_read(call.json.get("limit"), len(call.json.get("ids", "1")), exact=exact)
         return read(call.collection, call.json)
 
     return handler

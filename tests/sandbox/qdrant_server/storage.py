@@ -177,9 +177,11 @@ class Collection:
             raise _too_many(points, largest, "upsert limit")
         self._spend("Write", strict.get("write_rate_limit"), points)
 
-    def check_read(self, limit: int | None, cost: int = 1) -> None:
-        """Raise Refusal (400, 429) if strict mode forbids a read of `limit` points, or one that costs so much."""
+    def check_read(self, limit: int | None, cost: int = 1, *, exact: bool = False) -> None:
+        """Raise Refusal (400, 429) if strict mode forbids a read: of `limit` points, at such a cost, or an exact one."""
         strict = self._strict_mode()
+        if exact and strict.get("search_allow_exact") is False:
+            raise bad_request("Exact search disabled!. Help: Set exact=false.")
         largest = strict.get("max_query_limit")
         if largest is not None and limit is not None and limit > largest:
             raise _too_many(limit, largest, "limit")
