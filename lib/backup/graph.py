@@ -18,7 +18,7 @@ from lib.backup.points import TemporaryIdTable, ids_for_points
 from lib.child_process import free_memory
 from lib.clients.falkordb import connection
 from lib.clients.falkordb.digest import GraphDigest, graph_digest
-from lib.clients.falkordb.psync import PsyncRefused, RdbNotMade, stream_rdb
+from lib.clients.falkordb.psync import PsyncRefused, RdbNotMade, SaveHangs, stream_rdb
 from lib.clients.falkordb.queries import GraphCounts, GraphSchema, counts, schema
 from lib.clients.falkordb.rdb import RdbFacts, inspect_rdb, require_rdb_checksum, wrap_dump
 from lib.clients.falkordb.scratch import (
@@ -240,8 +240,7 @@ def _write_rdb(
     except PsyncRefused:
         why_dump = "its RDB is refused"
     except RdbNotMade as error:
-        is_saving = connection.info(source.conn, "persistence").get("rdb_bgsave_in_progress")
-        if not (is_saving or connection.save_failure(source.conn)):
+        if not (isinstance(error, SaveHangs) or connection.save_failure(source.conn)):
             raise  # the connection broke
         why_dump = str(error)
     return *write_dump(source.conn, source.graph, path, progress), why_dump

@@ -46,10 +46,11 @@ class PsyncRefused(AccessRefused):
 
 
 class RdbNotMade(StoreUnreachable):
-    """The server failed to make an RDB: it lacks the memory to fork, or room on its disk, or a save of it hangs.
+    """The server failed to make an RDB: it lacks the memory to fork, or room on its disk. DUMP may still work."""
 
-    DUMP may still work.
-    """
+
+class SaveHangs(RdbNotMade):
+    """The server has not begun to send its RDB for PREPARE_SECONDS."""
 
 
 def stream_rdb(
@@ -143,7 +144,7 @@ class _ReplicaConnection:
                 raise StoreFailed(f"FalkorDB at {self.address} answered PSYNC with {shown}")
             return self._line()
         except StoreUnreachable as error:
-            if isinstance(error.__cause__, OSError):
+            if isinstance(error, SaveHangs) or isinstance(error.__cause__, OSError):
                 raise
             raise RdbNotMade(str(error), next_step=error.next_step) from error
 
@@ -179,7 +180,7 @@ class _ReplicaConnection:
             if time.monotonic() > deadline:
                 why = f"has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
                 step = "look at the server's log: a save that it began before (BGSAVE) may hang"
-                raise StoreUnreachable(f"FalkorDB at {self.address} {why}", next_step=step)
+                raise SaveHangs(f"FalkorDB at {self.address} {why}", next_step=step)
             line = (line + byte).lstrip()
         if line.startswith(b"-"):
             raise _refusal(line[1:].decode("utf-8", "replace").strip(), self.address)
