@@ -178,7 +178,7 @@ class Reader:
         if "/" in value or value != value.strip() or not value.isprintable():
             self.fault(name, "must not have a slash, blanks at its ends or characters that cannot be printed")
         if value in {".", ".."}:
-            self.fault(name, "means a folder in a URL, so that no collection of this name can be reached")
+            self.fault(name, "means a folder, in URLs and in the names of files")
         return value
 
     def graph(self, name: str) -> str:
