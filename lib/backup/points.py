@@ -42,9 +42,8 @@ def same(left: object, right: object) -> bool:
     if isinstance(left, list) and isinstance(right, list):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and (
-            identical(left, right) or all(same(left[key], right[key]) for key in left)
-        )
+        has_same_keys = left.keys() == right.keys()
+        return identical(left, right) or (has_same_keys and all(same(left[key], right[key]) for key in left))
     return left == right
 
 

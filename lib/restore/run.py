@@ -14,7 +14,7 @@ from lib.backup.phases import AWAITED, remove_staged, removed, report_snapshots
 from lib.backup.phases import COMMAND as REEMBED
 from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
-from lib.clients.falkordb.swap import drop_graph, only_restored, write_calls
+from lib.clients.falkordb.swap import WriteCalls, drop_graph, only_restored, write_calls
 from lib.clients.qdrant.collection import health
 from lib.clients.qdrant.snapshots import delete_with_snapshots
 from lib.concurrency import BackgroundTask, Progress
@@ -274,7 +274,7 @@ def _cut_over_graph(
     payload: bytes | None,
     journal: Journal,
     undo: str,
-    calls: dict[str, object] | None,
+    calls: WriteCalls | None,
 ) -> Path | None:
     """Replace the graph and drop the old one. Returns the file of its late writes, if there are any.
 

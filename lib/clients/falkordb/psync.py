@@ -137,16 +137,11 @@ class _ReplicaConnection:
             self._ask("AUTH", *self._login)
         self._ask("REPLCONF", "capa", "eof")
         self._ask("REPLCONF", "rdb-only", "1")
-        try:
-            answer = self._ask("PSYNC", "?", "-1")
-            if not answer.startswith(b"+FULLRESYNC"):
-                shown = answer[:80].decode("utf-8", "replace")
-                raise StoreFailed(f"FalkorDB at {self.address} answered PSYNC with {shown}")
-            return self._line()
-        except StoreUnreachable as error:
-            if isinstance(error, SaveHangs) or isinstance(error.__cause__, OSError):
-                raise
-            raise RdbNotMade(str(error), next_step=error.next_step) from error
+        answer = self._ask("PSYNC", "?", "-1")
+        if not answer.startswith(b"+FULLRESYNC"):
+            shown = answer[:80].decode("utf-8", "replace")
+            raise StoreFailed(f"FalkorDB at {self.address} answered PSYNC with {shown}")
+        return self._line()
 
     def chunk(self, size: int) -> bytes:
         """Receive at least one byte and at most `size`."""
@@ -176,7 +171,7 @@ class _ReplicaConnection:
                 byte = self._reader.read1(1)  # each may take IDLE_SECONDS
             if not byte or len(line) > _LINE_BYTES:
                 text = f"FalkorDB at {self.address} closed the connection instead of sending an RDB"
-                raise StoreUnreachable(text, next_step="look at the server's log: it may lack the memory to fork")
+                raise RdbNotMade(text, next_step="look at the server's log: it may lack the memory to fork")
             if time.monotonic() > deadline:
                 why = f"has not begun to send its RDB for {PREPARE_SECONDS:.0f} s"
                 step = "look at the server's log: a save that it began before (BGSAVE) may hang"

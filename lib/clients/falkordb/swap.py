@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import redis
@@ -21,7 +22,8 @@ _READING = {"graph.config", "graph.list", "graph.ro_query", "graph.udf", "multi"
 _READING |= {"command", "dbsize", "dump", "exists", "get", "hello", "info", "keys", "memory", "module", "pexpiretime"}
 _READING |= {"ping", "psync", "replconf", "scan", "select", "slowlog", "ttl", "type"}
 # What a restore sends that changes graphs: its trial restore, which it deletes, and the swap.
-_OWN_CALLS = {"restore": 2, "graph.delete": 1, "rename": 1}
+_OWN_CALLS = Counter({"restore": 2, "graph.delete": 1, "rename": 1})
+WriteCalls = tuple[object, Counter[str]]  # what identifies the counting server, and the calls by command
 BULK_BYTES = 512 * 1024 * 1024  # redis's default of proto-max-bulk-len
 
 
@@ -115,7 +117,7 @@ def other_clients(conn: redis.Redis) -> list[dict[str, str]]:
         return [one for one in conn.client_list() if int(one["id"]) not in own and not set(one["flags"]) & set("MSP")]
 
 
-def write_calls(conn: redis.Redis) -> dict[str, object] | None:
+def write_calls(conn: redis.Redis) -> WriteCalls | None:
     """Count the calls, by command, that may have changed a graph since the server's start. For `only_restored`.
 
     Returns None if INFO is refused, or if a command is being executed, which may write and is not counted yet.
@@ -129,22 +131,22 @@ def write_calls(conn: redis.Redis) -> dict[str, object] | None:
         return None
     if stats.get("blocked_clients") != 0:
         return None
-    counted: dict[str, object] = {"run_id": stats.get("run_id"), "reset": stats.get("cmdstat_config|resetstat")}
+    counted = Counter[str]()
     for name in stats:
         kind = name.removeprefix("cmdstat_").partition("|")[0].lower()
         if "cmdstat_" in name and kind not in _READING:
-            counted[kind] = int(str(counted.get(kind, 0))) + int(stats[name]["calls"])
-    return counted
+            counted[kind] += stats[name]["calls"]
+    return (stats.get("run_id"), stats.get("cmdstat_config|resetstat")), counted
 
 
-def only_restored(before: dict[str, object] | None, after: dict[str, object] | None) -> bool:
+def only_restored(before: WriteCalls | None, after: WriteCalls | None) -> bool:
     """Whether nobody but one restore, which sent `_OWN_CALLS`, can have changed a graph between two `write_calls`.
 
     A server that counts has counted a RESTORE before: `require_writable` sends one.
     """
-    if before is None or after is None or "restore" not in before:
+    if before is None or after is None or "restore" not in before[1]:
         return False
-    return after == {**before, **{name: int(str(before.get(name, 0))) + own for name, own in _OWN_CALLS.items()}}
+    return after == (before[0], before[1] + _OWN_CALLS)
 
 
 def dump_graph(conn: redis.Redis, name: str) -> bytes:
