@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ import orjson
 
 from lib.backup.automem_files import ANOTHER, COLLECTION, GRAPH, AutoMemFile, Text, elements, opened_text
 from lib.backup.points import TemporaryIdTable, as_id, point_id, room_or_error
-from lib.clients.embeddings.cache_file import chunks, marks
 from lib.clients.falkordb.bulk import points_in, require_name, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.clients.qdrant.points import PointId, float32s
@@ -191,28 +191,33 @@ class _PointStats(msgspec.Struct):
     vector_size: int | None
 
 
+# Ids, vectors (n, size), payloads.
+Rows = tuple[list[PointId], "NDArray[np.float32]", list[dict[str, Any]]]
+
+
 class PointTable(TemporaryIdTable):
-    """The points of a file in SQLite's own temporary file: id, payload, and vector ((size,) float32)."""
+    """The points of a file in SQLite's own temporary file, in its order: id, payload, and vector ((size,) float32)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.size = 0
-        self._db.execute("CREATE TABLE vectors (id TEXT PRIMARY KEY, vector BLOB)")
+        self._db.execute("CREATE TABLE rows (id TEXT, payload BLOB, vector BLOB)")
 
-    def put_vectors(self, rows: Iterable[tuple[PointId, NDArray[np.float32]]]) -> None:
-        """Add the vectors of points."""
+    def put_rows(self, ids: Iterable[PointId], payloads: Iterable[bytes], vectors: NDArray[np.float32]) -> None:
+        """Add points. `payloads` are JSON, `vectors` is (n, size)."""
+        rows = ((str(one), payload, row.tobytes()) for one, payload, row in zip(ids, payloads, vectors, strict=True))
         with room_or_error(), self._db:
-            self._db.executemany("INSERT INTO vectors VALUES (?, ?)", ((str(one), row.tobytes()) for one, row in rows))
+            self._db.executemany("INSERT INTO rows VALUES (?, ?, ?)", rows)
 
-    def vectors(self, ids: Sequence[PointId]) -> NDArray[np.float32]:
-        """Return the vectors (n, size) of these ids, all of which are here, in their order."""
+    def rows(self, size: int) -> Iterator[Rows]:
+        """Yield all points, in pages of `size`."""
         import numpy as np
 
-        found: dict[PointId, bytes] = {}
-        for part in chunks([str(one) for one in ids]):
-            sql = f"SELECT id, vector FROM vectors WHERE id IN ({marks(part)})"  # noqa: S608 - only question marks
-            found |= {as_id(text): vector for text, vector in self._db.execute(sql, part)}
-        return np.frombuffer(b"".join(found[one] for one in ids), dtype=np.float32).reshape(len(ids), self.size)
+        found = self._db.execute("SELECT id, payload, vector FROM rows ORDER BY rowid")
+        while page := found.fetchmany(size):
+            ids, payloads, vectors = zip(*page, strict=True)
+            rows = np.frombuffer(b"".join(vectors), dtype=np.float32).reshape(len(ids), self.size)
+            yield [as_id(one) for one in ids], rows, [orjson.loads(one) for one in payloads]
 
 
 @dataclass
@@ -259,25 +264,31 @@ def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: Po
     if bad is not None:
         text.refuse(f"{bad!r} is no id of a point")
     names = [one.id for one in page]
-    repeated = set(ids.payloads(names)) or {one for one in names if names.count(one) > 1}
+    repeated = set(ids.payloads(names)) or {one for one, times in Counter(names).items() if times > 1}
     if repeated:
         text.refuse(f"point {min(repeated, key=str)} is in it twice")
     vectors = np.stack([float32s(one.vector) for one in page])
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         text.refuse(f"the vector of point {names[int(finite.argmin())]} holds a number that is not finite")
-    for one in page:  # Qdrant sends no NaN, no number of 65 bits, no lone surrogate
-        try:
-            is_json = orjson.loads(orjson.dumps(one.payload)) == one.payload
-        except orjson.JSONEncodeError:
-            is_json = False
-        if not is_json:
-            text.refuse(f"the payload of point {one.id} holds a value that JSON does not have")
-    ids.put((one.id, one.payload or {}) for one in page)
+    ids.put((one, None) for one in names)
+    payloads = [_encoded(text, one) for one in page]
     if isinstance(ids, PointTable):
         ids.size = facts.size
-        ids.put_vectors(zip(names, vectors, strict=True))
+        ids.put_rows(names, payloads, vectors)
     facts.points += len(page)
+
+
+def _encoded(text: Text, point: _Point) -> bytes:
+    """The payload as JSON. Raises BackupDamaged for what Qdrant never sends: NaN, 65 bits, a lone surrogate."""
+    payload = point.payload or {}
+    try:
+        encoded = orjson.dumps(payload)
+    except orjson.JSONEncodeError:
+        encoded = b"null"
+    if orjson.loads(encoded) != payload:
+        text.refuse(f"the payload of point {point.id} holds a value that JSON does not have")
+    return encoded
 
 
 NOT_HELD = {

@@ -5,22 +5,21 @@ Then the restore goes its usual way: trial restore, safety backup, cutover.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from shlex import quote
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
-from lib.backup.automem_contents import GraphFacts, PointTable, read_graph, read_points
+from lib.backup.automem_contents import GraphFacts, PointTable, Rows, read_graph, read_points
 from lib.backup.automem_files import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource, read_loaded
-from lib.backup.points import identical, same
+from lib.backup.points import same
 from lib.child_process import scratch_folder
 from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
 from lib.clients.falkordb.connection import server_versions
@@ -32,7 +31,7 @@ from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
 from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, get_state
-from lib.clients.qdrant.points import BATCH_POINTS, PointId, retrieve_pages, upsert
+from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import CancelToken, Progress, bounded_map
 from lib.errors import BackupDamaged, StoreFailed, UsageProblem, listed
@@ -126,16 +125,11 @@ class PointsPlan(RestorePlan):
         if name != self.target.collection:
             own = collections.indexing_threshold(get_state(qdrant, name).raw)
             collections.set_indexing_threshold(qdrant, name, own * _NO_INDEX)
-        for size in bounded_map(partial(self._upsert, name), self._batches(), _UPSERTS):
+        for size in bounded_map(partial(self._upsert, name), self.table.rows(BATCH_POINTS), _UPSERTS):
             if progress:
                 progress(size)
 
-    def _batches(self) -> Iterator[tuple[list[PointId], NDArray[np.float32], list[dict[str, Any]]]]:
-        for ids in self.table.ids(BATCH_POINTS):
-            payloads = self.table.payloads(ids)
-            yield ids, self.table.vectors(ids), [payloads[one] for one in ids]
-
-    def _upsert(self, name: str, batch: tuple[list[PointId], NDArray[np.float32], list[dict[str, Any]]]) -> int:
+    def _upsert(self, name: str, batch: Rows) -> int:
         """Write a batch; returns the bytes of its vectors."""
         ids, vectors, payloads = batch
         if rejected := upsert(self.target.qdrant, name, ids, vectors, payloads):
@@ -163,18 +157,31 @@ class PointsPlan(RestorePlan):
     def verify_trial(self) -> None:
         """Compare every id, payload and vector of the temporary collection with the file's. Raises BackupDamaged."""
         super().verify_trial()
-        pages = retrieve_pages(self.target.qdrant, self.trial, self.table.ids(BATCH_POINTS), payload=True, vector=True)
-        wrong = list[PointId]()
-        for page in pages:
-            ids = [point.id for point in page]
-            payloads, wanted = self.table.payloads(ids), self.table.vectors(ids)
-            stored = np.vstack([point.vector for point in page if point.vector is not None])
-            for point, differs in zip(page, vectors_differ(stored, wanted), strict=True):
-                held, own = point.payload or {}, payloads[point.id]
-                if differs or not (identical(held, own) or same(held, own)):
-                    wrong.append(point.id)
+        requested = deque[Rows]()
+
+        def ids() -> Iterator[list[PointId]]:
+            for rows in self.table.rows(BATCH_POINTS):
+                requested.append(rows)
+                yield rows[0]
+
+        pages = retrieve_pages(self.target.qdrant, self.trial, ids(), payload=True, vector=True)
+        wrong = [one for page in pages for one in _different(page, requested.popleft())]
         if wrong:
             raise BackupDamaged(
                 f"{len(wrong)} points of {self.backup.path} were stored differently, such as"
                 f" {listed(wrong[:_EXAMPLES])}"
             )
+
+
+def _different(page: list[Point], expected: Rows) -> list[PointId]:
+    """The ids of the points of a page, in any order, that were stored with another payload or vector."""
+    ids, vectors, payloads = expected
+    rows = {one: row for row, one in enumerate(ids)}
+    order = [rows[point.id] for point in page]
+    stored = np.vstack([point.vector for point in page if point.vector is not None])
+    differs = vectors_differ(stored, vectors[order])
+    return [
+        point.id
+        for point, row, differ in zip(page, order, differs, strict=True)
+        if differ or not same(point.payload or {}, payloads[row])
+    ]
