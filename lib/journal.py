@@ -182,7 +182,7 @@ def read_journal(path: Path) -> Journal | None:
 
 
 def _faults(journal: Journal) -> Iterator[str]:
-    """Yield what no run can have written: a field of another type, or a name that is not one of its own."""
+    """Yield what no run can have written: a field of another type, or a name that another program gave."""
     for entry in journal.entries:
         try:
             typed = msgspec.convert(entry, _FirstEntry if entry is journal.entries[0] else _Entry)

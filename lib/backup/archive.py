@@ -37,7 +37,7 @@ SnapshotReader = Callable[[IO[bytes]], object]
 IdsReader = Callable[[Iterator[str]], object]
 BLOCK_BYTES, _TRIED_BYTES = 1 << 20, 1 << 16
 _LEVEL, _WORTH = 1, 0.85  # deflate brings random floats to 0.92, and takes four times as long as storing them
-_PADDING_BYTES = 1024  # the end of a tar, which gets no gzip member of its own
+_PADDING_BYTES = 1024  # the end of a tar; it needs no separate gzip member
 _GZIP = 31  # zlib's name for a gzip header and trailer around the deflated bytes
 
 

@@ -42,7 +42,7 @@ _FIELD = re.compile(rb'  "([a-z_]+)": (.*?)(,?)\n')
 
 @dataclass(frozen=True)
 class AutoMemFile:
-    """A backup of one store. `member`: its name in the tar.gz of AutoMem's GET /backup; empty for a file of its own."""
+    """A backup of one store. `member`: its name in the tar.gz of AutoMem's GET /backup; empty for a file."""
 
     path: Path
     kind: str

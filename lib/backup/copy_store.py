@@ -148,7 +148,7 @@ def _translated(address: OffsiteAddress, what: str) -> Iterator[None]:
         text = address.clean(" ".join(str(error).split())).removeprefix("[Errno None] ") or type(error).__name__
         key = "not known here" if "not found in known_hosts" in text else ""
         if not key and "BadHostKeyException" in classes:
-            key = "not the one in ~/.ssh/known_hosts: another machine may stand in between"
+            key = "not the one in ~/.ssh/known_hosts: another machine may answer there"
         kind: type[MigrationError] = StoreFailed
         step = "check that place, then run the same command again"
         if key:

@@ -77,7 +77,7 @@ def _begun(name: str) -> datetime | None:
 
 
 def _announced(journal: Journal) -> list[str | None]:
-    """The nodes on which a snapshot of this run may be left; None stands for a server that is no cluster."""
+    """The nodes on which a snapshot of this run may be left; None means a server that is no cluster."""
     last = {one.get("node"): one["phase"] for one in journal.entries if one["phase"] in {ANNOUNCED, REMOVED}}
     return [node for node, phase in last.items() if phase == ANNOUNCED]
 

@@ -267,7 +267,7 @@ def require_protection(ctx: Context, journal: Journal | None, live: Live) -> Man
     """Return the backup that brings back the old collection, None if nothing is lost. Raises GuardRefused.
 
     The guard is asked if a collection is to be replaced. A run that has deleted the collection before returns to the
-    backup that it had then, never to a later one of its own incomplete result.
+    backup that it had then, never to a later one, which has its incomplete result.
     """
     if live.kind == FAILED and not reached(journal, phases.DELETING):
         raise GuardRefused(

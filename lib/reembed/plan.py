@@ -150,7 +150,7 @@ def scan_graph(ctx: Context, journal: Journal | None, *, title: str = "read grap
 def _with_other_text(
     odd: list[tuple[MemoryNode, str]], ctx: Context, journal: Journal | None, scan: Scan
 ) -> list[_Candidate]:
-    """Find another text for each: its point's content, or the readable part of its own. Skips those without one."""
+    """Find another text for each: its point's content, or the readable part of the node's. Skips those without one."""
     identities = [point_id(node.properties.get("id")) for node, _ in odd]
     asked = [one for one in identities if one is not None]
     known: dict[PointId, dict[str, Any]] = {}  # the payloads of the live points; after the delete also the saved ones

@@ -209,7 +209,7 @@ def read_points(
 def check_service(health: dict[str, Any], spec: EmbeddingSpec, graph: str, points: int) -> Check | None:
     """The pending check if AutoMem's `/health` shows other settings or stores: a restart may change it; else None.
 
-    Before 0.14 it shows no sizes: recall alone tells.
+    Before 0.14 it shows no sizes, and only recall shows which is used.
     """
     sizes = health.get("vector_dimensions") or {}
     shown = {name: sizes[name] for name in _SIZES if sizes.get(name) is not None}

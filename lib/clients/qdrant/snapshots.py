@@ -372,7 +372,7 @@ def _restored(
 
 
 def can_fetch_itself(q: Qdrant, collection: str, snapshot: Snapshot, probe: str) -> str | None:
-    """The URL from which the server reads this snapshot of its own, or None if it cannot.
+    """The URL from which the server can read this snapshot, which it made; None if it cannot.
 
     Verified by a recover as `probe` (an unused name) with a wrong checksum: the mismatch error names the right one,
     and nothing is created (seen on 1.11.3 and 1.18.3). Raises AccessRefused, and QdrantError for a full disk.
