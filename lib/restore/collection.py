@@ -63,6 +63,14 @@ Copy = tuple[str, str]  # the URL of a snapshot that a node can fetch from itsel
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A verified trial restore: a sample of its points, and the copies that the cutover fetches; None: it uploads."""
+
+    sample: Sample
+    copies: list[Copy] | None
+
+
+@dataclass(frozen=True)
 class RestorePlan:
     """A backup, the collection that it replaces, and the node that each snapshot goes to.
 
@@ -247,8 +255,8 @@ def _verify_sample(qdrant: Qdrant, name: str, sample: Sample) -> None:
         raise BackupDamaged(f"'{name}' differs from its trial restore")
 
 
-def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
-    """Restore under a temporary name and compare. The caller deletes a failed one at once.
+def trial_restore(plan: RestorePlan, progress: Progress | None) -> Trial:
+    """Restore under a temporary name, compare, test how to cut over. The caller deletes a failed one at once.
 
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
@@ -272,20 +280,24 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
             text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
             raise StoreFailed(text, next_step=step) from error
     plan.verify_trial()
+    return Trial(_sample(plan), plan.copies())
 
 
 def cut_over(
-    plan: RestorePlan, journal: Journal, progress: Progress | None, *, undo: str, aliases: Iterable[str] = ()
+    plan: RestorePlan,
+    trial: Trial,
+    journal: Journal,
+    progress: Progress | None,
+    *,
+    undo: str,
+    aliases: Iterable[str] = (),
 ) -> list[str]:
     """Delete the live collection and restore under its name from the copies that the servers already hold.
 
-    Whether the servers can fetch their copies is tested before the delete; if not, the files are uploaded again.
-    `aliases` are those that an earlier run took off with the collection. A failed restore is deleted at once. Returns
-    the aliases that another collection has.
+    If a server cannot fetch its copy, the files are uploaded again. `aliases` are those that an earlier run took off
+    with the collection. A failed restore is deleted at once. Returns the aliases that another collection has.
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
-    sample = _sample(plan)
-    copies = plan.copies()
     existed = exists(qdrant, name)
     wanted = {
         *aliases,
@@ -297,8 +309,8 @@ def cut_over(
         delete_collection(qdrant, name)
     second_upload = f"{plan.trial}-again"
     try:
-        if copies:
-            plan.fetch(name, copies)
+        if trial.copies:
+            plan.fetch(name, trial.copies)
         else:
             plan.upload(name, second_upload, progress)
         for stem in (second_upload, _old_stem(plan)):  # also what a killed run uploaded
@@ -306,7 +318,7 @@ def cut_over(
     except MigrationError:
         plan.drop_unusable()
         raise
-    _verify_live(plan, sample)
+    _verify_live(plan, trial.sample)
     taken = plan.complete(wanted)
     journal.append(RESTORED)
     return taken

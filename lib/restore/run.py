@@ -59,7 +59,8 @@ class _Leftovers:
 
 
 _GraphTrial = tuple[bytes | None, Newer | None]  # the payload to swap in, and what is newer; None: not restored
-_Trials = tuple[BackgroundTask[_GraphTrial], BackgroundTask[Newer | None]]
+_CollectionTrial = tuple[collections.Trial | None, Newer | None]
+_Trials = tuple[BackgroundTask[_GraphTrial], BackgroundTask[_CollectionTrial]]
 
 
 def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
@@ -76,7 +77,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
                 graph_trial.result()
             notes = [*left.notes, *_clean_up_graphs(site, left)]
             safety = _safety_backup(site, files, journal, trials) if site.safety else None
-            points = collection_trial.result()
+            trial, points = collection_trial.result()
             payload, memories = graph_trial.result()
         if files.plan:
             journal.append(collections.TRIAL_VERIFIED)
@@ -84,8 +85,8 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
             require_still_quiet(site, files.graph)
         commands = undo(safety)
         site.notice(f"\ncutting over now. To undo:\n{commands}\nTo resume after a crash:\n  {site.again}\n")
-        if files.plan:
-            taken = _cut_over_collection(site, files.plan, journal, safety, commands, left.aliases)
+        if files.plan and trial:
+            taken = _cut_over_collection(site, files.plan, trial, journal, safety, commands, left.aliases)
             notes += [f"alias '{one}' is another collection's now: it was left there" for one in taken]
     except BaseException as error:
         if not is_absent(journal):
@@ -175,12 +176,12 @@ def _trial_restores(site: Site, files: VerifiedFiles, journal: Journal) -> Itera
         site.say("trial restore of the graph, under a temporary name")
         return graphs.trial_restore(graph, name), newer_memories(graph)
 
-    def restore_collection(task: BackgroundTask[Newer | None]) -> Newer | None:
+    def restore_collection(task: BackgroundTask[_CollectionTrial]) -> _CollectionTrial:
         if not plan:
-            return None
+            return None, None
         with site.bar("trial restore of the collection", plan.backup.archive.snapshot.size, "bytes") as progress:
-            collections.trial_restore(plan, task.moving(progress))
-        return newer_points(plan)
+            trial = collections.trial_restore(plan, task.moving(progress))
+        return trial, newer_points(plan)
 
     with BackgroundTask(restore_graph) as first, BackgroundTask(restore_collection) as second:
         yield first, second
@@ -213,7 +214,13 @@ def _safety_backup(site: Site, files: VerifiedFiles, journal: Journal, trials: _
 
 
 def _cut_over_collection(
-    site: Site, plan: RestorePlan, journal: Journal, safety: Manifest | None, undo: str, aliases: list[str]
+    site: Site,
+    plan: RestorePlan,
+    trial: collections.Trial,
+    journal: Journal,
+    safety: Manifest | None,
+    undo: str,
+    aliases: list[str],
 ) -> list[str]:
     """Replace the live collection; returns the aliases that others took.
 
@@ -221,7 +228,7 @@ def _cut_over_collection(
     """
     try:
         with site.bar("restore the collection", None, "bytes") as progress:
-            return collections.cut_over(plan, journal, progress, undo=undo, aliases=aliases)
+            return collections.cut_over(plan, trial, journal, progress, undo=undo, aliases=aliases)
     except MigrationError as error:
         if not is_absent(journal):
             raise

@@ -162,8 +162,8 @@ def collection_restore(folder: Path) -> Iterator[Figure]:
 
 def _replace(plan: RestorePlan, journal: Journal) -> None:
     journal.append(restore_collection.TRIAL_BEGUN, temporary_collection=plan.trial)
-    restore_collection.trial_restore(plan, None)
-    restore_collection.cut_over(plan, journal, None, undo="")
+    trial = restore_collection.trial_restore(plan, None)
+    restore_collection.cut_over(plan, trial, journal, None, undo="")
     delete_with_snapshots(plan.target.qdrant, plan.trial)
 
 
