@@ -15,7 +15,7 @@ from lib.backup.automem_files import ANOTHER, COLLECTION, GRAPH, AutoMemFile, Te
 from lib.backup.points import TemporaryIdTable, as_id, point_id, room_or_error
 from lib.clients.falkordb.bulk import points_in, require_name, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
-from lib.clients.qdrant.points import PointId, float32s
+from lib.clients.qdrant.points import Point, PointId, float32s, read_float32s
 from lib.errors import BackupDamaged
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PAGE, _PAGE_OF_VECTORS = 1000, 256
+_VECTOR = b'"vector": '
 _PAGE_OF_AUTOMEM = 10_000  # rows that AutoMem asks for at once; a shorter page ends its backup
 
 
@@ -182,7 +183,7 @@ def require_uncut(source: AutoMemFile, signs: list[str]) -> None:
 
 class _Point(msgspec.Struct):
     id: int | str
-    vector: list[float]
+    vector: list[float] | None
     payload: dict[str, Any] | None = None
 
 
@@ -237,7 +238,7 @@ def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFa
             if name == "collection_name":
                 facts.name = text.decoded(page[0], str)
             elif name == "points":
-                _add_points(text, [text.decoded(one, _Point) for one in page], ids, facts)
+                _add_points(text, [_read_point(text, one) for one in page], ids, facts)
             elif name == "stats":
                 stats = text.decoded(page[0], _PointStats)
         if stats is None or not facts.name:
@@ -252,14 +253,31 @@ def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFa
     return facts
 
 
-def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: PointFacts) -> None:
+def _read_point(text: Text, element: bytes) -> Point:
+    """Decode a point: a flat vector, as AutoMem writes it, apart from the rest. Raises BackupDamaged."""
+    start = element.find(_VECTOR) + len(_VECTOR)
+    end = element.find(b"]", start) + 1  # the first bracket: lists in the list are no JSON then
+    vector = read_float32s(element[start:end])
+    if vector is not None:
+        point = text.decoded(element[:start] + b"null" + element[end:], _Point)
+        if point.vector is None:
+            return Point(point.id, point.payload, vector)
+    point = text.decoded(element, _Point)
+    if point.vector is None:
+        text.refuse(f"point {point.id} has no vector")
+    return Point(point.id, point.payload, float32s(point.vector))
+
+
+def _add_points(text: Text, page: list[Point], ids: TemporaryIdTable, facts: PointFacts) -> None:
     """Add a page to the table. Raises BackupDamaged for another size, an id that is no id or is there already."""
     import numpy as np
 
-    facts.size = facts.size or len(page[0].vector)
-    wrong = next((one for one in page if len(one.vector) != facts.size or not one.vector), None)
-    if wrong:
-        text.refuse(f"the vector of point {wrong.id} is of {len(wrong.vector)}d, others are of {facts.size}d")
+    vectors = [one.vector for one in page if one.vector is not None]
+    facts.size = facts.size or len(vectors[0])
+    wrong = next((row for row, one in enumerate(vectors) if len(one) != facts.size or not len(one)), None)
+    if wrong is not None:
+        found = f"of {len(vectors[wrong])}d, others are of {facts.size}d"
+        text.refuse(f"the vector of point {page[wrong].id} is {found}")
     bad = next((one.id for one in page if point_id(one.id) != one.id), None)
     if bad is not None:
         text.refuse(f"{bad!r} is no id of a point")
@@ -267,19 +285,19 @@ def _add_points(text: Text, page: list[_Point], ids: TemporaryIdTable, facts: Po
     repeated = set(ids.payloads(names)) or {one for one, times in Counter(names).items() if times > 1}
     if repeated:
         text.refuse(f"point {min(repeated, key=str)} is in it twice")
-    vectors = np.stack([float32s(one.vector) for one in page])
-    finite = np.isfinite(vectors).all(axis=1)
+    rows = np.stack(vectors)
+    finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
         text.refuse(f"the vector of point {names[int(finite.argmin())]} holds a number that is not finite")
     ids.put((one, None) for one in names)
     payloads = [_encoded(text, one) for one in page]
     if isinstance(ids, PointTable):
         ids.size = facts.size
-        ids.put_rows(names, payloads, vectors)
+        ids.put_rows(names, payloads, rows)
     facts.points += len(page)
 
 
-def _encoded(text: Text, point: _Point) -> bytes:
+def _encoded(text: Text, point: Point) -> bytes:
     """The payload as JSON. Raises BackupDamaged for what Qdrant never sends: NaN, 65 bits, a lone surrogate."""
     payload = point.payload or {}
     try:

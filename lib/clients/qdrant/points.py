@@ -235,6 +235,22 @@ def float32s(numbers: list[float]) -> NDArray[np.float32]:
         return np.array(numbers, dtype=np.float32)
 
 
+def read_float32s(text: bytes) -> NDArray[np.float32] | None:
+    """Read a list of numbers, JSON, as (n,) float32; None for anything else. Three times as fast as `float32s`.
+
+    Lists in the list are flattened.
+    """
+    import numpy as np
+    import simdjson
+
+    try:
+        numbers: Any = simdjson.Parser().parse(text)
+        with np.errstate(over="ignore"):
+            return np.frombuffer(numbers.as_buffer(of_type="d"), dtype=np.float64).astype(np.float32)
+    except (RuntimeError, TypeError, ValueError):  # no JSON, null, a text, 65 bits
+        return None
+
+
 def upsert(
     q: Qdrant, name: str, ids: Sequence[PointId], vectors: NDArray[np.float32], payloads: Sequence[dict[str, Any]]
 ) -> list[Rejected]:
@@ -288,8 +304,10 @@ def _serialized(
 
     rows: list[_Row] = []
     rejected: list[Rejected] = []
-    for point_id, vector, payload in zip(ids, np.ascontiguousarray(vectors, dtype=np.float32), payloads, strict=True):
-        if not np.isfinite(vector).all():
+    vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+    finite = np.asarray(np.isfinite(vectors).all(axis=1))
+    for point_id, vector, is_finite, payload in zip(ids, vectors, finite, payloads, strict=True):
+        if not is_finite:
             rejected.append(Rejected(point_id, "its vector holds a number that is not finite"))
             continue
         try:
