@@ -33,7 +33,7 @@ from lib.reembed.cutover import Cutover, cut_over
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
-from lib.reembed.report import Finished, make_report
+from lib.reembed.report import Finished, absent_by, make_report
 from lib.reembed.sync import SyncOutcome, missing_of, repair_vectors, saved_row, sync_collection, texts_to_embed
 from lib.verify.compare import OTHER_MODEL, REPLACE_ALL
 
@@ -67,7 +67,9 @@ def reembed(
             held.enter_context(ctx.store_lock())
         cutover = cut_over(ctx, journal, assessment, manifest, announce)
         done = _fill_and_verify(ctx, journal, runner, cutover, undo)
-    files = write_report(make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete))
+    if resumed_after_delete:  # this start measured only its own part
+        done = done._replace(absent_seconds=absent_by(journal), absent_at_most=True)
+    files = write_report(make_report(ctx, journal, done))
     runner.paid.sums.settled_by = journal.run_id  # a run that is killed before this writes its report again
     runner.paid.save()
     journal.close("done")
