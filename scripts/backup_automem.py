@@ -97,11 +97,11 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     from lib.restore.run import clean_up_untouched
 
     folder, targets, shown = config.backup_dir, config.targets(), ""
-    if not args.dry_run:
-        private_dir(folder)
     if args.upload:
         name = config.graph if args.only != "qdrant" else ""
         shown = require_upload_url(args.upload, folder, config.copies, graph=name, write=not args.dry_run)
+    if not args.dry_run:
+        private_dir(folder)
     graph = connect.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = connect.open_collection(config) if args.only != "falkordb" else None
     with nullcontext() if args.dry_run else connect.store_lock(config):  # during a cutover a store is incomplete
