@@ -210,6 +210,8 @@ def is_complete(manifest: Manifest) -> bool:
 
 def delete_set(manifest: Manifest) -> None:
     """Delete a set, its manifest first, so that no set with a missing file remains after a crash."""
+    for copy in filter(_is_equal_copy, manifest.path.parent.glob(f"{manifest.path.stem}*.json")):
+        copy.unlink()  # without its original it would be reported as damaged
     manifest.path.unlink(missing_ok=True)
     sync_dir(manifest.path.parent)
     for component in manifest.components:

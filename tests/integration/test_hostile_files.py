@@ -378,7 +378,13 @@ def test_copies_that_a_synchronized_folder_makes_are_no_damage_and_no_unfinished
     assert listed.err == ""
     operator.run("backup_automem", "--check", "all")
     operator.run("restore_from_backup", "latest", "--dry-run")
+    operator.run("backup_automem")
+    operator.run("backup_automem", "--cleanup", "--keep", "1")
+    assert [one.name for one in operator.backups.glob(f"{manifest.stem}*")] == []
+    operator.run("backup_automem", "--check", "all")
+    manifest = operator.manifests()[0]
     changed = operator.backups / f"{manifest.stem} (conflicted copy 2026-11-29).json"
+    shutil.copy(manifest, changed)
     rewrite(changed, lambda raw: raw.update(drift=None))
     assert f"{changed.name} cannot be read" in operator.run("backup_automem", "--list").err
     checked = operator.run("backup_automem", "--check", "all", expect=4)
