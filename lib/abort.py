@@ -16,6 +16,7 @@ from lib.clients.qdrant.collection import get_state, health
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
 from lib.errors import DONE, GuardRefused
+from lib.files import require_own
 from lib.journal import Journal, names_in, open_journals
 from lib.restore import collection as collections
 from lib.restore.graph import clean_up_graph
@@ -116,6 +117,8 @@ def abort(config: Config, console: Console, command: str) -> int:
     from lib import connect
 
     folder, targets = config.backup_dir, config.targets()
+    if folder.is_dir():  # its journals decide what is removed from the servers
+        require_own(folder)
     collection = connect.open_collection(config)
     if command == "restore":
         done = abort_restore(connect.open_graph(config), collection, folder, targets)

@@ -19,6 +19,7 @@ from lib.errors import LockHeld, MigrationError, UsageProblem, one_line
 PARTIAL = ".partial"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CANNOT_SYNC_FOLDERS = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}  # the answers of CIFS and FUSE, among others
+_NO_MODES = "\n(if its file system has no permissions, as exFAT: mount it with umask=077)"
 _CHUNK = 1 << 20
 _LARGEST = 64 << 20  # a journal, a report or a manifest
 _HOLDER_LENGTH = 200
@@ -35,7 +36,7 @@ def private_dir(path: Path, *, shared: bool = False) -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not shared:
-            _require_own(path)
+            require_own(path)
         probe.touch(mode=0o600)
         probe.unlink()
     except OSError as error:
@@ -61,19 +62,21 @@ def require_readable(folder: Path) -> None:
         pass
 
 
-def _another_folder(path: Path, remedy: str = "make this one yours:\nsudo chown -R $(id -un)") -> str:
-    return f"name another folder with --backup-dir, or {remedy} {quote(str(path))}"
+def _another_folder(path: Path, remedy: str = "make this one yours:\nsudo chown -R $(id -un)", else_: str = "") -> str:
+    return f"name another folder with --backup-dir, or {remedy} {quote(str(path))}{else_}"
 
 
-def _require_own(path: Path) -> None:
+def require_own(path: Path) -> None:
     """Raise UsageProblem if the folder belongs to a user who is not trusted, or if others may write there.
 
-    A folder of the user's own that holds nothing yet, such as `backups/` of a new clone, is closed to others (0700).
+    For commands that act on its content without writing there. A folder of the user's own that holds nothing yet, such
+    as `backups/` of a new clone, is closed to others (0700).
     """
     state = path.stat()
     is_empty = all(one.name == "README.md" or one.name.startswith(".") for one in path.iterdir())
     if state.st_uid == os.geteuid() and state.st_mode & 0o077 and is_empty:
-        path.chmod(0o700)
+        with contextlib.suppress(PermissionError):  # on vfat and exFAT the options of the mount decide
+            path.chmod(0o700)
         state = path.stat()
     if state.st_uid not in trusted_owners():
         text = f"the folder {path} belongs to another user (uid {state.st_uid}), who could replace what is in it"
@@ -82,7 +85,7 @@ def _require_own(path: Path) -> None:
     group = 0 if state.st_gid == state.st_uid else stat.S_IWGRP
     if state.st_mode & (stat.S_IWOTH | group):
         text = f"others may write into the folder {path}: they could forge or replace what is in it"
-        raise UsageProblem(text, next_step=_another_folder(path, "close this one to others:\nchmod go-w"))
+        raise UsageProblem(text, next_step=_another_folder(path, "close this one to others:\nchmod -R go-w", _NO_MODES))
 
 
 def replaceable_by_others(state: os.stat_result) -> bool:
@@ -115,7 +118,8 @@ def private_file(path: Path) -> None:
             step = "if it is yours, as one copied from another machine, become its owner:"
             raise _foreign_file(path, f"{step}\nsudo chown {os.geteuid()} {quote(str(path))}")
         if state.st_mode & 0o077:
-            os.fchmod(descriptor, 0o600)
+            with contextlib.suppress(PermissionError):  # see `require_own`
+                os.fchmod(descriptor, 0o600)
     finally:
         os.close(descriptor)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from shlex import quote
+from shlex import quote, split
 from typing import Any
 
 import msgspec
@@ -107,9 +107,9 @@ class Journal:
 
     @property
     def undo(self) -> str:
-        """The latest commands that undo the run."""
-        found = [entry["undo"] for entry in self.entries if entry.get("undo")]
-        return str(found[-1]) if found else ""
+        """The latest commands that undo the run. If the backup folder was moved, they name its files where they are."""
+        found = [str(entry["undo"]) for entry in self.entries if entry.get("undo")]
+        return "\n".join(_where_it_is(line, self.folder) for line in found[-1].split("\n")) if found else ""
 
     def fact(self, name: str) -> Any:
         """Return the latest value of a fact, or None."""
@@ -142,6 +142,17 @@ class Journal:
     def close(self, outcome: str) -> None:
         """Write the closing entry: the run has finished, there is nothing to resume."""
         self.append(CLOSED, outcome=outcome)
+
+
+def _where_it_is(line: str, folder: Path) -> str:
+    """Return a command with the path of a backup that is missing, but exists in `folder` under the same name."""
+    command, restore, file = line.partition("restore_from_backup.py ")
+    with contextlib.suppress(ValueError):  # no words of a shell
+        old = Path("".join(split(file)[:1]))
+        now = (folder.absolute() / one / old.name for one in ("", old.parent.name))
+        if restore and not old.exists() and (moved := next(filter(Path.is_file, now), None)):
+            return f"{command}{restore}{quote(str(moved))}"
+    return line
 
 
 def start_journal(folder: Path, command: str, targets: list[str], **facts: object) -> Journal:
@@ -206,10 +217,28 @@ def names_in(targets: Sequence[str]) -> list[str]:
     return [target.split(" ", 2)[-1] for target in targets]
 
 
-def journals(folder: Path, command: str = "*") -> Iterator[Journal]:
+def read_journals(folder: Path, command: str = "") -> dict[Path, Journal | None]:
+    """Return the files that are named as journals, oldest first, each with what `read_journal` returns.
+
+    A program that synchronizes the folder may leave an older state of a journal under another name. Of the files of one
+    run only the longest counts, since a journal is only appended to.
+    """
+    pattern = f"journal_*_{command}*.jsonl" if command else "journal_*.jsonl"
+    found = {path: read_journal(path) for path in sorted(folder.glob(pattern))}
+    longest: dict[str, Journal] = {}
+    for journal in filter(None, found.values()):
+        longest[journal.run_id] = max(longest.get(journal.run_id, journal), journal, key=_length)
+    return {path: one for path, one in found.items() if one is None or one is longest[one.run_id]}
+
+
+def _length(journal: Journal) -> tuple[int, bool]:
+    return len(journal.entries), journal.path.name == f"journal_{journal.run_id}_{journal.command}.jsonl"
+
+
+def journals(folder: Path, command: str = "") -> Iterator[Journal]:
     """Yield the journals in the folder, of finished runs, too; the newest first. `command`: only those of this one."""
-    for path in sorted(folder.glob(f"journal_*_{command}.jsonl"), reverse=True):
-        if journal := read_journal(path):
+    for journal in reversed(read_journals(folder, command).values()):
+        if journal:
             yield journal
 
 
@@ -225,7 +254,7 @@ def unfinished(folder: Path) -> tuple[list[Journal], list[Path]]:
     Raises UsageProblem if this user may not list the folder.
     """
     require_readable(folder)
-    found = {path: read_journal(path) for path in sorted(folder.glob("journal_*.jsonl"))}
+    found = read_journals(folder)
     return (
         [journal for journal in found.values() if journal is not None and journal.is_open],
         [path for path, journal in found.items() if journal is None and path.stat().st_size],

@@ -117,7 +117,11 @@ def _live_collection(config: Config) -> str:
 
 
 def announce(config: Config, console: Console, *, runs: bool = True) -> None:
-    """Print unfinished runs (with `runs`) before a command begins, and the settings with -v; hold the warnings."""
+    """Print unfinished runs (with `runs`) before a command begins, and the settings with -v; hold the warnings.
+
+    When quiet, only a run is printed that may have left a store without its collection: the errors would mislead.
+    """
+    from lib.backup.phases import DELETING
     from lib.journal import unfinished
 
     for name, value, origin in config.rows():
@@ -133,7 +137,9 @@ def announce(config: Config, console: Console, *, runs: bool = True) -> None:
     for path in unreadable:
         console.warn(f"{path} is damaged: its run may be unfinished, and what it created or deleted is unknown")
     for journal in journals if runs else ():
-        console.say(_unfinished(journal, config.targets()))
+        is_lost = journal.targets == config.targets() and journal.has_reached(DELETING)
+        show = console.notice if is_lost else console.say
+        show(_unfinished(journal, config.targets()))
 
 
 def _hides(name: str, setting: Setting) -> str:

@@ -100,6 +100,8 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
     if args.upload:
         name = config.graph if args.only != "qdrant" else ""
         shown = require_upload_url(args.upload, folder, config.copies, graph=name, write=not args.dry_run)
+    if not args.dry_run:
+        private_dir(folder)
     graph = connect.open_graph(config, console.warn) if args.only != "qdrant" else None
     collection = connect.open_collection(config) if args.only != "falkordb" else None
     with nullcontext() if args.dry_run else connect.store_lock(config):  # during a cutover a store is incomplete
@@ -108,7 +110,6 @@ def backup(config: Config, console: Console, args: argparse.Namespace) -> int:
         require_sources(graph, collection)
         if args.dry_run:
             return output.show_sources(graph, collection, folder, console, shown)
-        private_dir(folder)
         with suppress(LockHeld), connect.run_lock(config):  # a run that has not touched a live store yet is left alone
             clean_up_untouched(graph, collection, folder, targets)
         engines, bar, verify = connect.engines(config) if graph else [], console.progress, not args.no_verify
@@ -140,8 +141,7 @@ def retain(config: Config, console: Console, args: argparse.Namespace) -> int:
             stamp, pinned = args.pin or args.unpin, bool(args.pin)
             where = change_pin(url or str(folder), stamp, pinned=pinned)
             return output.show_pin(stamp, where, console, pinned=pinned)
-        owner, targets = config.deployment(), config.targets()
-        plan = clean_up(folder, url, config.copies, rules, owner, targets, dry_run=args.dry_run)
+        plan = clean_up(folder, url, config.copies, rules, config.deployment(), config.targets(), dry_run=args.dry_run)
     return output.show_deleted(plan, console, dry_run=args.dry_run)
 
 

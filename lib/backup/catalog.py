@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import fnmatch
 import os
 import shutil
@@ -22,6 +23,7 @@ from lib.network import same_server
 CACHE_DIR, REPORT_DIR = "embeddings", "reports"
 PIN = ".pinned"  # `backup_<stamp>.pinned`, an empty file next to the manifest: no cleanup deletes the set
 OUTGOING = "outgoing"  # encrypted files of sets that are not completely uploaded yet
+_STEM = len("backup_20261126_220840")
 _NAMED = 3  # sets that an error lists
 _RESTORE = "python scripts/restore_from_backup.py"
 
@@ -85,8 +87,22 @@ def _is_among(store: tuple[str, str], stores: Iterable[tuple[str, str]]) -> bool
 
 
 def manifest_paths(folder: Path) -> list[Path]:
-    """The files that are named as manifests, newest first."""
-    return sorted(folder.glob("backup_[0-9]*_[0-9]*.json"), reverse=True)
+    """The files that are named as manifests, newest first, without copies that are equal to the manifest of their time.
+
+    A program that synchronizes the folder makes such copies, as `backup_<stamp> (conflicted copy).json`.
+    """
+    paths = folder.glob("backup_[0-9]*_[0-9]*.json")
+    newest_first = sorted(paths, key=lambda path: (path.stem[:_STEM], -len(path.stem)), reverse=True)
+    return [path for path in newest_first if not _is_equal_copy(path)]
+
+
+def _is_equal_copy(path: Path) -> bool:
+    original = path.with_name(f"{path.stem[:_STEM]}.json")
+    if path == original:
+        return False
+    with contextlib.suppress(OSError):  # it is reported as a manifest that cannot be read
+        return filecmp.cmp(path, original, shallow=False)
+    return False
 
 
 def backup_sets(folder: Path) -> list[Manifest]:
@@ -194,6 +210,8 @@ def is_complete(manifest: Manifest) -> bool:
 
 def delete_set(manifest: Manifest) -> None:
     """Delete a set, its manifest first, so that no set with a missing file remains after a crash."""
+    for copy in filter(_is_equal_copy, manifest.path.parent.glob(f"{manifest.path.stem}*.json")):
+        copy.unlink()  # without its original it would be reported as damaged
     manifest.path.unlink(missing_ok=True)
     sync_dir(manifest.path.parent)
     for component in manifest.components:

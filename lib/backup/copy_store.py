@@ -98,7 +98,7 @@ def _remote(scheme: str, text: str, parts: SplitResult, port: int | None) -> Off
     if scheme != SFTP:
         # az://container@account.host/folder is a form of Azure's own; any other '@' ends a login.
         if parts.password or ("@" in parts.netloc and scheme not in _AZURE):
-            raise _unusable(f"a {scheme}:// URL holds no login: it comes from the environment, see the README")
+            raise _unusable(f"a {scheme}:// URL holds no login: it comes from the environment, see docs/operations.md")
         return OffsiteAddress(scheme, text.rstrip("/"), text.rstrip("/"))
     host = parts.hostname
     login = f"{parts.username}{f':{_MASK}' if parts.password else ''}@" if parts.username else ""
@@ -159,7 +159,8 @@ def _translated(address: OffsiteAddress, what: str) -> Iterator[None]:
             kind, step = MissingData, "check the spelling of the bucket, container or folder"
         elif classes & _REFUSED:
             kind = AccessRefused
-            step = "give the login in the environment, with rights to list, read and write: see the README"
+            login = "give the login in the environment, with rights to list, read and write: see docs/operations.md"
+            step = f"look at the rights there:\nls -l {quote(address.shown)}" if address.scheme == FILE else login
         elif classes & _UNREACHABLE:
             kind, step = StoreUnreachable, "check the host, the port and the network, then run the same command again"
         raise kind(f"cannot {what} {address.shown}: {text}", next_step=step) from error

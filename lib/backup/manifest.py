@@ -244,7 +244,7 @@ def _require_consistent(manifest: Manifest, path: Path) -> None:
     """Refuse values of the right type that no backup writes. Raises ValueError, KeyError, OverflowError."""
     stamp, graph, collection = manifest.stamp, manifest.graph, manifest.collection
     if not re.fullmatch(STAMP, stamp) or path.name != manifest.name:
-        raise ValueError(f"its stamp is {stamp!r}, which is not that of its name")
+        raise ValueError(f"it was renamed, or is a copy: its stamp is {stamp!r}, which is not that of its name")
     created = datetime.fromisoformat(manifest.created)
     if created.tzinfo is None or created.astimezone(timezone.utc).year < 2000:
         raise ValueError(f"created is {manifest.created!r}, without a time zone or before 2000")

@@ -18,8 +18,8 @@ from lib.backup.copies import Catalog, catalog_at, delete_copy, require_elsewher
 from lib.backup.copy_store import open_offsite
 from lib.backup.manifest import UNVERIFIED, Manifest
 from lib.errors import UsageProblem, did_you_mean
-from lib.files import readable_bytes
-from lib.journal import STAMP, Journal, read_journal
+from lib.files import readable_bytes, require_own
+from lib.journal import STAMP, Journal, read_journals
 
 KEEP = "--keep"
 # The rules besides --keep, and the format of the period of which each keeps the newest set. Days are UTC, weeks ISO's.
@@ -56,6 +56,8 @@ def clean_up(
     dry_run: bool,
 ) -> Cleanup:
     """Delete the sets here, or the copies at `url`, that no rule keeps and nothing protects. Raises UsageProblem."""
+    if folder.is_dir():  # its manifests, journals, reports and pins decide
+        require_own(folder)
     if url:
         require_elsewhere(url, folder)
     plan = plan_cleanup(catalog_at(url, folder, keys), rules, owner, folder, targets)
@@ -132,8 +134,7 @@ def _protected_sets(folder: Path, counted: list[Manifest], targets: list[str]) -
     """
     finished: set[str] = set()  # what the newest re-embedding names
     found: dict[str, str] = {}
-    for path in sorted(folder.glob("journal_*.jsonl")):
-        journal = read_journal(path)
+    for path, journal in read_journals(folder).items():
         if journal is None:  # it may be of an unfinished run
             found |= dict.fromkeys(_sets_in(path), f"{path.name}, which is damaged, names it")
             continue

@@ -15,7 +15,7 @@ from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.transport import is_disk_full
 from lib.errors import AccessRefused, MigrationError
-from lib.files import free_bytes, private_dir
+from lib.files import free_bytes, private_dir, private_file
 from lib.journal import Journal
 from lib.reembed import assess, staging
 from lib.reembed.assess import Assessment
@@ -111,8 +111,8 @@ def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
     path = phases.snapshot_file(ctx.folder, ctx.staged)
     if free_bytes(private_dir(path.parent)) < snapshot.size + _SPARE_BYTES:
         return CutoverMethod(FILL)
+    private_file(path)
     with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:
-        path.chmod(0o600)
         snapshots.download(ctx.qdrant, ctx.staged, snapshot, stream.write, progress)  # which verifies the checksum
     limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
     return CutoverMethod(SEND, partial(_send, ctx, path, checksum, limit))

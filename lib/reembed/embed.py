@@ -197,6 +197,11 @@ class EmbeddingRunner:
     def __post_init__(self) -> None:
         self.client.require_affordable = self._require_unspent
 
+    def report_waiting(self, now: EmbedProgress) -> None:
+        """Report that a rate limit delays the requests, if it does."""
+        if now.waiting_seconds >= 1:
+            self.waiting(f"embed: rate limited, next try in {now.waiting_seconds:.0f} s")
+
     def _require_unspent(self, tokens: int) -> None:
         """Raise UsageProblem if these tokens exceed `max_cost` with all billed ones: unusable answers cost, too."""
         if self.max_cost is not None:
@@ -245,8 +250,7 @@ def embed_texts(ctx: Context, runner: EmbeddingRunner, rows: Iterable[TextRow], 
             nonlocal said
             record(now)
             advance(now.embedded)
-            if now.waiting_seconds >= 1:
-                runner.waiting(f"embed: rate limited, next try in {now.waiting_seconds:.0f} s")
+            runner.report_waiting(now)
             if now.embedded and not said:
                 said = True
                 left = total.texts - now.embedded
@@ -291,7 +295,7 @@ def require_made_by(
     if not texts:
         return
     runner.require_affordable(sum(count_tokens(list(texts.values()))))
-    answers, done = embed_few(runner.client, list(texts.values()))
+    answers, done = embed_few(runner.client, list(texts.values()), runner.report_waiting)
     runner.paid.pay(done.tokens)
     if not answers:
         why = f"the provider refuses the texts of points ({done.refused[0].reason})"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.backup.catalog import newest_with
+from lib.backup.manifest import UNVERIFIED
 from lib.clients.embeddings.cache import Missing
 from lib.clients.embeddings.cache_file import Pruned
 from lib.clients.embeddings.pricing import FREE, price_basis, price_text
@@ -26,6 +27,7 @@ from lib.reembed.sync import SyncOutcome
 from lib.show_config import chosen, restart_lines
 
 if TYPE_CHECKING:
+    from lib.reembed.plan import Scan
     from lib.reembed.run import Synced, Tried
 
 _EXAMPLES = 10
@@ -67,19 +69,18 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
         for text in other_settings_notices(ctx):
             console.warn(text)
     spec, live, missing, scan = ctx.spec, assessment.live.state, assessment.missing, assessment.scan
-    backup, none = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display), "none of this collection in"
     now = f"{live.size}d, {live.points:,} points" if live else assessment.live.kind
     action = f"{_action(assessment, ctx, limit)} at {spec.size}d with {spec.model}"
     texts = f"{missing.texts:,} texts, {missing.tokens:,} tokens"
     stores = f"{ctx.graph.address.display}/{ctx.graph.graph} -> Qdrant {ctx.qdrant.display}/{ctx.collection}"
     rows = [
         ("stores", f"FalkorDB {stores}"),
-        ("backup", f"{backup.name}, {age_text(backup.age_hours)} old" if backup else f"{none} {ctx.folder}"),
+        ("backup", _newest_backup(ctx)),
         ("model", chosen(spec, ctx.reason)),
         ("memories", f"{scan.memories:,} in the graph, {scan.usable:,} to have a point"),
         ("collection", f"{now}; plan: {action}"),
         ("to embed", f"{texts}; {assessment.cached:,} already cached or duplicates"),
-        ("price", price_text(assessment.price, spec.provider) + price_basis(spec.provider)),
+        ("price", price_text(assessment.price, spec.provider) + price_basis(assessment.price, spec.provider)),
         ("embedding cache", f"{size_text(ctx.cache.size_bytes())} in {ctx.cache.path.parent}"),
         ("server's disk", f"up to {size_text(assessment.disk_peak)}, including the old collection"),
     ]
@@ -88,6 +89,14 @@ def show_plan(assessment: Assessment, ctx: Context, console: Console, *, limit: 
     if fault and is_this_machine(spec.base_url):
         console.warn(f"{fault}, unless this endpoint on this machine is a proxy that shortens them")
     _show_left_out(assessment, ctx, console)
+
+
+def _newest_backup(ctx: Context) -> str:
+    backup = newest_with(ctx.folder, ctx.collection, ctx.qdrant.display)
+    if backup is None:
+        return f"none of this collection in {ctx.folder}"
+    unverified = ", not verified: no re-embed relies on it" if backup.proof == UNVERIFIED else ""
+    return f"{backup.name}, {age_text(backup.age_hours)} old{unverified}"
 
 
 def _action(assessment: Assessment, ctx: Context, limit: int | None) -> str:
@@ -226,6 +235,7 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         "removed": done.removed,
         "absent_seconds": round(done.absent_seconds, 3),
         "way": done.method,
+        "skipped": dict(done.scan.skipped),
         **_left_out(done.paid, done.outcome),
         "cut": done.paid.cut,
         "odd": _reasons(done.scan.odd),
@@ -234,8 +244,9 @@ def show_reembedded(done: Finished, assessment: Assessment, report: list[Path], 
         "report": report,
     }
     text = (
-        f"'{ctx.collection}' is {spec.size}d now: {done.points:,} points, every vector compared.\n"
-        f"{_paid_text(done.paid, spec)} The collection was absent or incomplete for {done.absent_seconds:.1f} s"
+        f"'{ctx.collection}' is {spec.size}d now: {done.points:,} points, every vector compared.\n{_skipped(done.scan)}"
+        f"{_paid_text(done.paid, spec)} The collection was absent or incomplete for"
+        f" {'at most ' if done.absent_at_most else ''}{done.absent_seconds:,.1f} s"
         f"{f' ({done.method})' if done.method else ''}.\n\n"
         f"undo:\n{done.undo}\n\nnext:\n{restart_lines(spec.provider, named=bool(ctx.reason))}\n"
         f"  then add what was written meanwhile, and verify:\n  {_COMMAND} --only-missing\n"
@@ -260,6 +271,12 @@ def _warn_of_memories(
     for identity in textless:
         console.warn(f"memory {identity} exists, but neither it nor its point has a text: it gets no point")
     return bool(paid.refused or outcome.rejected or odd or textless)
+
+
+def _skipped(scan: Scan) -> str:
+    """Return a line about the memories that cannot be embedded, which no exit code reports; "" if there is none."""
+    counts = listed(f"{count:,} ({reason})" for reason, count in scan.skipped.items())
+    return f"Not embedded: {counts}. The report lists them.\n" if counts else ""
 
 
 def _left_out(paid: EmbeddingTotals, outcome: SyncOutcome) -> dict[str, object]:

@@ -38,8 +38,8 @@ _TEMPLATES = Path(__file__).resolve().parent / "templates"
 class Finished(NamedTuple):
     """What the last start of a re-embedding did. `scan` is its last reading of the graph.
 
-    `points` of the plan are in the collection. `absent_seconds`: how long it was absent or incomplete. `undo`: the
-    commands that restore the old collection.
+    `points` of the plan are in the collection. `absent_seconds`: how long it was absent or incomplete; if an earlier
+    start deleted it, at most that long by the journal's times. `undo`: the commands that restore the old collection.
     """
 
     scan: Scan
@@ -53,9 +53,10 @@ class Finished(NamedTuple):
     repaired: int
     removed: int
     undo: str
+    absent_at_most: bool = False
 
 
-def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after_delete: bool) -> dict[str, Any]:
+def make_report(ctx: Context, journal: Journal, done: Finished) -> dict[str, Any]:
     """Put together what the journal, the cache and the last start of a re-embedding know of it.
 
     Times are ISO 8601 in UTC, prices in US dollars. `old` is None if no collection was replaced. `bought` includes
@@ -63,7 +64,6 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
     """
     sums = done.paid.sums
     recall, recall_note = compare_after(ctx, journal)
-    absent = _absent_by(journal) if resumed_after_delete else None
     scan, new = done.scan, {"size": ctx.spec.size, "points": done.points, "model": ctx.spec.model}
     new |= {"model_known": "stamped", **provider_fact(ctx.spec.provider)}
     return {
@@ -77,8 +77,8 @@ def make_report(ctx: Context, journal: Journal, done: Finished, *, resumed_after
         "old": _old_vectors(ctx, journal),
         "new": new,
         "way": done.method or str(journal.fact("way") or ""),
-        "absent_seconds": round(done.absent_seconds if absent is None else absent, 3),
-        "absent_known": "measured" if absent is None else "at most, by the journal's times",
+        "absent_seconds": round(done.absent_seconds, 3),
+        "absent_known": "at most, by the journal's times" if done.absent_at_most else "measured",
         "memories": scan.memories,
         "texts": ctx.cache.text_total().texts,
         "bought": _paid(sums, ctx.spec),
@@ -127,11 +127,9 @@ def _old_vectors(ctx: Context, journal: Journal) -> dict[str, Any] | None:
     }
 
 
-def _absent_by(journal: Journal) -> float | None:
+def absent_by(journal: Journal) -> float:
     """Seconds from the first announced delete to the last cutover, or if there was none to the journal's last entry."""
     began, placed = journal.times(DELETING), journal.times(STAGED_RESTORED)
-    if not began:
-        return None
     return ((placed[-1] if placed else _moment(journal.entries[-1])) - began[0]).total_seconds()
 
 

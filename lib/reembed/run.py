@@ -20,7 +20,7 @@ from lib.backup.points import TemporaryIdTable, existing_points
 from lib.clients.embeddings.cache import Missing, TextRow
 from lib.clients.embeddings.client import CONTROL_TEXT
 from lib.clients.embeddings.pricing import Expected
-from lib.clients.embeddings.worker_pool import embed_few, embed_missing
+from lib.clients.embeddings.worker_pool import EmbedProgress, embed_few, embed_missing
 from lib.clients.qdrant.collection import CollectionState, exists, get_state, set_metadata
 from lib.clients.qdrant.points import Point, delete_points, preflight_write, retrieve, scroll
 from lib.clients.qdrant.transport import QdrantError
@@ -33,7 +33,7 @@ from lib.reembed.cutover import Cutover, cut_over
 from lib.reembed.embed import EmbeddingRunner, catch_up, embed_texts, embed_uncached
 from lib.reembed.plan import scan_graph, usually_spelled
 from lib.reembed.quality import save_before
-from lib.reembed.report import Finished, make_report
+from lib.reembed.report import Finished, absent_by, make_report
 from lib.reembed.sync import SyncOutcome, missing_of, repair_vectors, saved_row, sync_collection, texts_to_embed
 from lib.verify.compare import OTHER_MODEL, REPLACE_ALL
 
@@ -67,7 +67,9 @@ def reembed(
             held.enter_context(ctx.store_lock())
         cutover = cut_over(ctx, journal, assessment, manifest, announce)
         done = _fill_and_verify(ctx, journal, runner, cutover, undo)
-    files = write_report(make_report(ctx, journal, done, resumed_after_delete=resumed_after_delete))
+    if resumed_after_delete:  # this start measured only its own part
+        done = done._replace(absent_seconds=absent_by(journal), absent_at_most=True)
+    files = write_report(make_report(ctx, journal, done))
     runner.paid.sums.settled_by = journal.run_id  # a run that is killed before this writes its report again
     runner.paid.save()
     journal.close("done")
@@ -150,7 +152,7 @@ def _embed(ctx: Context, runner: EmbeddingRunner) -> None:
     """
     _require_write_access(ctx)
     if must_forget(ctx):
-        runner.paid.pay(embed_few(runner.client, [CONTROL_TEXT])[1].tokens)
+        runner.paid.pay(embed_few(runner.client, [CONTROL_TEXT], runner.report_waiting)[1].tokens)
         ctx.cache.forget_planned()
         mark_fresh(ctx.cache, ctx.spec)
     embed_uncached(ctx, runner)
@@ -232,7 +234,12 @@ def try_one_batch(ctx: Context, runner: EmbeddingRunner, *, repair: bool) -> Tri
         note = "stored in the embedding cache" if stored else f"sampled at the model's own {size}d, not stored"
         store = ctx.cache.put_vectors if stored else lambda _vectors: None
         with runner.paid.recording(stored=stored) as record:
-            done = embed_missing(runner.client, first, store, workers=1, batch_size=runner.batch_size, progress=record)
+
+            def report(now: EmbedProgress) -> None:
+                record(now)
+                runner.report_waiting(now)
+
+            done = embed_missing(runner.client, first, store, workers=1, batch_size=runner.batch_size, progress=report)
         if done.refused:
             note += f"; {len(done.refused)} refused: {done.refused[0].label} ({done.refused[0].reason})"
         left = count_missing()

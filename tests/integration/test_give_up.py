@@ -245,6 +245,16 @@ def test_a_rate_limit_reports_when_the_next_try_is(operator):
     assert re.search(r"embed: rate limited, next try in [123] s", output)
 
 
+def test_a_rate_limit_is_reported_also_while_a_single_request_waits(operator):
+    """The first step of the guide, and `--fresh`, printed nothing for up to ten minutes."""
+    make_ready(operator)
+    for words in (("--dry-run",), ("--fresh", "--no-switch")):
+        operator.servers.openai.clear_faults()
+        operator.servers.openai.fault(status=429, retry_after=3, times=1)
+        result = operator.run("reembed_embeddings", *words)
+        assert re.search(r"embed: rate limited, next try in [123] s", result.err), words
+
+
 def test_a_quiet_run_reports_it_every_five_minutes(capsys, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -301,10 +301,14 @@ def test_a_backup_folder_into_which_others_may_write_is_refused(operator):
         ("backup_automem",),
         ("reembed_embeddings", "--dry-run"),
         ("restore_from_backup", "latest"),
+        ("restore_from_backup", "--abort"),
+        ("backup_automem", "--cleanup"),
     ):
         result = operator.run(script, *words, expect=2)
         assert f"others may write into the folder {operator.backups}" in result.err
-        assert f"chmod go-w {operator.backups}" in result.err
+        assert f"chmod -R go-w {operator.backups}" in result.err
+    nowhere = operator.run("backup_automem", expect=2, env={"FALKORDB_PORT": "1"})
+    assert "others may write into the folder" in nowhere.err  # before any server is asked
     operator.backups.chmod(0o755)
     operator.run("backup_automem")
     assert operator.state() == before
@@ -358,3 +362,34 @@ def test_a_cache_that_runs_something_is_refused(operator, statement):
         db.execute(f"CREATE {statement}")
     result = operator.run("reembed_embeddings", "--dry-run", expect=1)
     assert f"{path} is not an embedding cache of this version" in result.err
+
+
+def test_copies_that_a_synchronized_folder_makes_are_no_damage_and_no_unfinished_run(operator):
+    """`--check all` ended with exit code 4, `latest` with "is broken", and a finished run was named as unfinished."""
+    operator.load(20)
+    operator.run("backup_automem")
+    (manifest,), (journal,) = operator.manifests(), operator.backups.glob("journal_*.jsonl")
+    for end in (" (conflicted copy 2026-11-29)", ".sync-conflict-20261129-ABC"):
+        shutil.copy(manifest, manifest.with_name(f"{manifest.stem}{end}.json"))
+        older = journal.read_bytes().splitlines(keepends=True)[:-1]
+        journal.with_name(f"{journal.stem}{end}.jsonl").write_bytes(b"".join(older))
+    listed = operator.run("backup_automem", "--list")
+    assert listed.out.count(manifest.stem.removeprefix("backup_")) == 1
+    assert listed.err == ""
+    operator.run("backup_automem", "--check", "all")
+    operator.run("restore_from_backup", "latest", "--dry-run")
+    operator.run("backup_automem")
+    operator.run("backup_automem", "--cleanup", "--keep", "1")
+    assert [one.name for one in operator.backups.glob(f"{manifest.stem}*")] == []
+    operator.run("backup_automem", "--check", "all")
+    manifest = operator.manifests()[0]
+    changed = operator.backups / f"{manifest.stem} (conflicted copy 2026-11-29).json"
+    shutil.copy(manifest, changed)
+    rewrite(changed, lambda raw: raw.update(drift=None))
+    assert f"{changed.name} cannot be read" in operator.run("backup_automem", "--list").err
+    checked = operator.run("backup_automem", "--check", "all", expect=4)
+    assert "it was renamed, or is a copy: its stamp is" in checked.out
+    operator.run("restore_from_backup", "latest", "--dry-run")
+    manifest.unlink()
+    refused = operator.run("restore_from_backup", "latest", "--dry-run", expect=4)
+    assert "it was renamed, or is a copy" in refused.err

@@ -929,7 +929,11 @@ TABLE = [
         2,
         UsageProblem,
         "others may write into the folder {folder}: they could forge or replace what is in it",
-        ("name another folder with --backup-dir, or close this one to others:", "chmod go-w {folder}"),
+        (
+            "name another folder with --backup-dir, or close this one to others:",
+            "chmod -R go-w {folder}",
+            "(if its file system has no permissions, as exFAT: mount it with umask=077)",
+        ),
         open_to_all,
     ),
     Row(

@@ -151,6 +151,7 @@ def test_memories_without_points_get_one_and_what_cannot_be_embedded_is_listed(o
     result = operator.run("reembed_embeddings")
     assert_migrated(operator, before)
     assert "skipped, blank content: 3" in result.err
+    assert "\nNot embedded: 3 (blank content), " in result.out
     assert "legacy-42" in result.err
 
 

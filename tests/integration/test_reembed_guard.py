@@ -61,6 +61,8 @@ def test_without_a_backup(operator):
     refused(operator, "holds no collection")
     operator.run("backup_automem", "--only", "qdrant", "--no-verify", expect=3, env={"VECTOR_SIZE": "48"})
     refused(operator, "was never verified")
+    planned = operator.run("reembed_embeddings", "--dry-run")
+    assert " old, not verified: no re-embed relies on it" in planned.err
 
 
 def test_only_a_backup_of_this_very_collection_that_is_whole_and_young_protects(ready):

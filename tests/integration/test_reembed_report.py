@@ -281,6 +281,7 @@ def test_a_run_that_is_killed_and_resumed_still_reports_what_was_before(ready, w
     assert (document["bought"]["texts"], document["bought"]["tokens"]) == (stats["texts"], stats["tokens"])
     assert document["absent_seconds"] > 0
     assert document["absent_known"].startswith("at most")
+    assert f"absent or incomplete for at most {document['absent_seconds']:,.1f} s" in result.out
     assert ready.archive() in document["undo"]
     assert document["undo"] in result.out
     assert result.out.rstrip().endswith(f"report:\n  {reports(ready)[0]}")

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from lib.backup.phases import DELETING
 from lib.config import DEFAULTS, load_config
 from lib.journal import start_journal
 from tests.sandbox.process import free_port
@@ -71,7 +72,8 @@ def test_a_file_of_the_working_directory_counts_if_nothing_is_exported(operator)
 def test_every_command_reports_a_run_that_never_ended(operator):
     operator.backups.mkdir()
     mine = load_config(operator.environ).targets()
-    start_journal(operator.backups, "reembed", mine).append("deleting", undo="  the way back")
+    journal = start_journal(operator.backups, "reembed", mine)
+    journal.append("deleting", undo="  the way back")
     start_journal(operator.backups, "backup", ["falkordb elsewhere:1 g", "qdrant elsewhere:2 c"])
     start_journal(operator.backups, "backup", mine).close("done")
     for words in (
@@ -88,6 +90,10 @@ def test_every_command_reports_a_run_that_never_ended(operator):
         assert "undo:\n  the way back" in err
         assert "it works on other stores: falkordb elsewhere:1 g, qdrant elsewhere:2 c" in err
     assert operator.run("backup_automem", "--list", "-q").err == ""
+    journal.append(DELETING)
+    quiet = operator.run("backup_automem", "-q", expect=None).err  # "no collection" alone would mislead
+    assert quiet.count("is unfinished, or still running") == 1
+    assert "undo:\n  the way back" in quiet
 
 
 def test_verbose_reports_the_settings_that_are_not_defaults(operator):

@@ -208,11 +208,30 @@ def test_a_folder_into_which_others_may_write_is_refused(tmp_path, mode, own_gro
     tmp_path.chmod(mode)
     with pytest.raises(UsageProblem, match="others may write into the folder") as caught:
         private_dir(tmp_path)
-    assert caught.value.next_step.splitlines()[-1] == f"chmod go-w {tmp_path}"
+    assert caught.value.next_step.splitlines()[1] == f"chmod -R go-w {tmp_path}"
     assert private_dir(tmp_path, shared=True) == tmp_path  # a place of copies
     tmp_path.chmod(mode & ~0o022)
     private_dir(tmp_path)
     assert stat.S_IMODE(tmp_path.stat().st_mode) == mode & ~0o022
+
+
+def test_a_file_system_without_permissions_is_accepted_unless_others_may_write(tmp_path, monkeypatch):
+    """As vfat and exFAT, whose files have the mode of the mount: a disk on USB could hold neither backups nor copies."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    cache, copies = tmp_path / "vectors.sqlite3", tmp_path / "copies"
+    copies.mkdir(mode=0o755)
+    cache.touch(mode=0o644)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    private_file(cache)
+    assert private_dir(copies) == copies
+    os.chmod(copies, 0o777)  # noqa: PTH101 - Path.chmod is refused here
+    with pytest.raises(UsageProblem, match="others may write") as caught:
+        private_dir(copies)
+    assert "mount it with umask=077" in caught.value.next_step
 
 
 def test_the_backup_folder_of_a_fresh_clone_is_closed_to_others(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.errors import BadFile, UsageProblem
-from lib.journal import open_journals, read_journal, start_journal, unfinished
+from lib.journal import journals, open_journals, read_journal, start_journal, unfinished
 from tests.ordinary_user import closed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,3 +211,40 @@ def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(tmp_path):
     with closed(folder), pytest.raises(UsageProblem, match=f"cannot read the folder {folder}: ") as refused:
         unfinished(folder)
     assert f"chown -R $(id -un) {folder}" in refused.value.next_step
+
+
+@pytest.mark.parametrize("end", [" (conflicted copy 2026-11-29).jsonl", ".sync-conflict-20261129-ABC.jsonl"])
+def test_an_older_copy_of_a_journal_is_no_run(journal, end):
+    """A folder that synchronizes itself leaves such copies: a finished run was resumed, and `--abort` refused it."""
+    copy = journal.path.with_name(journal.path.stem + end)
+    journal.append("deleting the live collection", undo="first")
+    copy.write_bytes(journal.path.read_bytes())
+    journal.close("done")
+    assert open_journals(journal.folder) == []
+    assert [one.path for one in journals(journal.folder)] == [journal.path]
+    assert [one.path for one in journals(journal.folder, "reembed")] == [journal.path]
+
+
+def test_the_longest_copy_of_a_journal_counts_also_under_another_name(journal):
+    """It may be the older state that kept the name."""
+    copy = journal.path.with_name(f"{journal.path.stem} (conflicted copy).jsonl")
+    older = journal.path.read_bytes()
+    journal.append("deleting the live collection", undo="first")
+    copy.write_bytes(journal.path.read_bytes())
+    assert [one.path for one in open_journals(journal.folder)] == [journal.path]
+    journal.path.write_bytes(older)
+    assert [one.path for one in open_journals(journal.folder)] == [copy]
+    assert [one.path for one in journals(journal.folder, "reembed")] == [copy]
+
+
+def test_the_undo_names_the_backup_where_the_folder_was_moved_to(tmp_path, journal):
+    archive, manifest = "qdrant/qdrant_snapshot_20261126_220840.tar.gz", "backup_20261126_220840.json"
+    lines = [f"  python scripts/restore_from_backup.py '/old place/{one}'" for one in (archive, manifest)]
+    lines += ["  export VECTOR_SIZE=768", "  # it's no command"]
+    journal.append("deleting the live collection", undo="\n".join(lines))
+    assert journal.undo.splitlines() == lines  # neither exists: as it was written
+    (tmp_path / "qdrant").mkdir()
+    (tmp_path / archive).touch()
+    (tmp_path / manifest).touch()
+    here = [f"  python scripts/restore_from_backup.py {tmp_path}/{one}" for one in (archive, manifest)]
+    assert journal.undo.splitlines() == [*here, *lines[2:]]

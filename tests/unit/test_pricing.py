@@ -54,11 +54,12 @@ def test_prices_and_limits_of_the_other_providers():
 
 
 def test_what_a_price_says_of_its_provider():
-    assert price_text(0.0, OLLAMA) + price_basis(OLLAMA) == "free: runs on your Ollama server"
-    assert price_text(0.0, LOCAL) + price_basis(LOCAL) == "free: runs on this machine"
-    assert price_text(0.5, OPENAI) + price_basis(OPENAI) == f"$0.5000 (list prices of {PRICES_AS_OF})"
+    assert price_text(0.0, OLLAMA) + price_basis(0.0, OLLAMA) == "free: runs on your Ollama server"
+    assert price_text(0.0, LOCAL) + price_basis(0.0, LOCAL) == "free: runs on this machine"
+    assert price_text(0.5, OPENAI) + price_basis(0.5, OPENAI) == f"$0.5000 (list prices of {PRICES_AS_OF})"
     assert price_text(0.5, VOYAGE) == "$0.5000"
-    assert "an estimate" in price_basis(VOYAGE)
+    assert "an estimate" in price_basis(0.5, VOYAGE)
+    assert price_text(None) + price_basis(None, OPENAI) == "unknown (no list price for this model)"
 
 
 @pytest.mark.parametrize("text", ["word " * 9000, "这是一个很长的记忆。" * 2000, "🙂🙃" * 5000, "a" * 70000])

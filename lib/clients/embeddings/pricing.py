@@ -80,9 +80,9 @@ def price_text(price: float | None, provider: str = OPENAI) -> str:
     return "unknown (no list price for this model)" if price is None else f"${price:.4f}"
 
 
-def price_basis(provider: str) -> str:
-    """What a price of a plan rests on, in brackets; nothing if the provider is free."""
-    if provider in FREE:
+def price_basis(price: float | None, provider: str) -> str:
+    """What a price of a plan rests on, in brackets; nothing if the provider is free or the price is not known."""
+    if provider in FREE or price is None:
         return ""
     counted = "" if provider == OPENAI else "; an estimate: tokens counted as by OpenAI's models"
     return f" (list prices of {PRICES_AS_OF}{counted})"

@@ -107,14 +107,16 @@ def embed_missing(
     return run.status()
 
 
-def embed_few(client: EmbeddingClient, texts: Sequence[str]) -> tuple[dict[str, FloatArray], EmbedProgress]:
+def embed_few(
+    client: EmbeddingClient, texts: Sequence[str], progress: Callable[[EmbedProgress], None] | None = None
+) -> tuple[dict[str, FloatArray], EmbedProgress]:
     """Embed a few texts for a comparison. Returns the vectors by text, without refused texts, and what was done.
 
     Raises like `embed_missing`, and so ProviderRefused if the endpoint accepts no text at all.
     """
     rows = [TextRow(text.encode(), text, text) for text in dict.fromkeys(texts)]
     found: Vectors = []
-    done = embed_missing(client, rows, found.extend, workers=1, batch_size=len(rows))
+    done = embed_missing(client, rows, found.extend, workers=1, batch_size=len(rows), progress=progress)
     return {key.decode(): np.frombuffer(vector, "<f4") for key, vector in found}, done
 
 
