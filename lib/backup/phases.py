@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lib.backup import catalog
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import exists
-from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line
+from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line, server_time
 from lib.dimensions import EmbeddingSpec, provider_fact, public_url
 from lib.errors import AccessRefused, MigrationError, UsageProblem
 from lib.journal import Journal, journals
@@ -43,7 +43,7 @@ def own_snapshot(
     latest = max(filter(None, map(_begun, known)), default=None)
     give_up = time.monotonic() + _OTHER_SECOND_SECONDS  # the clocks of a proxy and of the server may differ
     while True:
-        now = snapshots.server_time(qdrant)
+        now = server_time(qdrant)
         if latest is None or now > latest or time.monotonic() >= give_up:
             break
         qdrant.sleep(0.5)
