@@ -253,7 +253,8 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
     qdrant, name = plan.target.qdrant, plan.trial
-    if not exists(qdrant, name):
+    process = snapshots.startup(qdrant)
+    if is_new := not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.
         foreign = snapshots.restorable(str(plan.backup.archive.facts["server"]["version"]), qdrant.version())
         try:
@@ -271,7 +272,20 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> None:
                 step += f"\nif the snapshot is of another version of Qdrant, use a server of that version\n{FROM_GRAPH}"
             text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
             raise StoreFailed(text, next_step=step) from error
-    plan.verify_trial()
+    try:
+        plan.verify_trial()
+    except BackupDamaged as error:
+        if is_new and not snapshots.restarted(qdrant, process):
+            raise
+        raise _lost_by_restart(qdrant, error, f"'{plan.target.collection}' is untouched: ") from error
+
+
+def _lost_by_restart(qdrant: Qdrant, error: BackupDamaged, state: str = "") -> StoreFailed:
+    """The error for a restored collection that differs because Qdrant restarted: 1.11.3 may lose its points then."""
+    return StoreFailed(
+        f"{state}Qdrant at {qdrant.display} restarted after a restore and lost what it had restored: {error}",
+        next_step="the backup is not to blame: run the same command again",
+    )
 
 
 def cut_over(
@@ -284,7 +298,7 @@ def cut_over(
     the aliases that another collection has.
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
-    sample = _sample(plan)
+    process, sample = snapshots.startup(qdrant), _sample(plan)
     copies = plan.copies()
     existed = exists(qdrant, name)
     wanted = {
@@ -306,7 +320,12 @@ def cut_over(
     except MigrationError:
         plan.drop_unusable()
         raise
-    _verify_live(plan, sample)
+    try:
+        _verify_live(plan, sample)
+    except BackupDamaged as error:
+        if snapshots.restarted(qdrant, process):
+            raise _lost_by_restart(qdrant, error) from error
+        raise
     taken = plan.complete(wanted)
     journal.append(RESTORED)
     return taken
