@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from lib.backup import catalog
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.collection import exists
-from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line
+from lib.clients.qdrant.transport import Qdrant, QdrantError, curl_line, server_time
 from lib.dimensions import EmbeddingSpec, provider_fact, public_url
 from lib.errors import AccessRefused, MigrationError, UsageProblem
-from lib.journal import Journal, journals
+from lib.journal import Journal, journals, names_in
 
 if TYPE_CHECKING:
     from lib.backup.collection import CollectionSource
@@ -43,7 +43,7 @@ def own_snapshot(
     latest = max(filter(None, map(_begun, known)), default=None)
     give_up = time.monotonic() + _OTHER_SECOND_SECONDS  # the clocks of a proxy and of the server may differ
     while True:
-        now = snapshots.server_time(qdrant)
+        now = server_time(qdrant)
         if latest is None or now > latest or time.monotonic() >= give_up:
             break
         qdrant.sleep(0.5)
@@ -170,6 +170,7 @@ SETTINGS_RECOVERED, PAYLOADS_SAVED = "settings taken from the backup", "payloads
 DELETING, DELETED = "deleting the live collection", "live collection deleted"
 RESTORING_STAGED, STAGED_RESTORED = "putting the staged collection in place", "staged collection in place"
 CREATED, VERIFIED, DROPPING_STAGED = "collection created", "proved", "removing the staged collection"
+SENT = "sent"  # of the cutover methods, the one that leaves a snapshot on the server
 
 
 def snapshot_file(folder: Path, staged: str) -> Path:
@@ -177,11 +178,23 @@ def snapshot_file(folder: Path, staged: str) -> Path:
     return folder / catalog.CACHE_DIR / f"{staged}.snapshot.partial"
 
 
+def sent_name(journal: Journal) -> str:
+    """Under which name the server stores the snapshot that a re-embedding sends."""
+    return f"{journal.fact('staged_collection')}-{journal.run_id}.snapshot"
+
+
+def delete_sent(qdrant: Qdrant, journal: Journal) -> None:
+    """Delete the snapshot that a re-embedding sent. The server keeps it, also if it could not restore it."""
+    if journal.fact("way") == SENT:
+        snapshots.delete(qdrant, names_in(journal.targets)[-1], sent_name(journal))
+
+
 def remove_staged(qdrant: Qdrant, journal: Journal) -> list[str]:
     """Delete what a re-embedding staged, with its snapshot in the backup folder, or a spot check's collection.
 
-    Returns what was removed.
+    The snapshot that it sent is deleted, too. Returns what was removed.
     """
+    delete_sent(qdrant, journal)
     staged = journal.fact("staged_collection") or journal.fact("side")
     if not staged:
         return []

@@ -172,10 +172,11 @@ def run_backup(
 
 def clean_up_backup(collection: CollectionSource | None, journal: Journal) -> bool:
     """Remove what a killed run left of its backup, here and on the server. Returns whether surely nothing is left."""
+    only_snapshots = journal.command == COMMAND or journal.phase == AWAITED  # another restore may have left more
     remove_unfinished(journal)
     if collection:
         remove_named_snapshots(collection, journal)
     clean = removed(journal)
-    if clean and (journal.command == COMMAND or journal.phase == AWAITED):  # a restore may have left more
+    if clean and only_snapshots:
         journal.close("cleaned up by the next run")
     return clean

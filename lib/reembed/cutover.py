@@ -22,7 +22,7 @@ from lib.reembed.assess import Assessment
 from lib.reembed.context import Context
 from lib.reembed.sync import save_payloads
 
-FETCH, SEND, FILL = "fetched by the server from itself", "sent", "filled from the embedding cache"
+FETCH, SEND, FILL = "fetched by the server from itself", phases.SENT, "filled from the embedding cache"
 _TIMEOUT_SECONDS = 60.0  # the time limit of a restore: this, and three times the time that the snapshot took
 _SPARE_BYTES = 64 << 20
 _RESTORES = 2  # restores of the staged collection, before the new one is filled from the embedding cache
@@ -115,7 +115,7 @@ def verify_method(ctx: Context, journal: Journal) -> CutoverMethod:
     with path.open("wb") as stream, ctx.bar("download the snapshot", snapshot.size, "bytes") as progress:
         snapshots.download(ctx.qdrant, ctx.staged, snapshot, stream.write, progress)  # which verifies the checksum
     limit = _TIMEOUT_SECONDS + 3 * (time.monotonic() - began)
-    return CutoverMethod(SEND, partial(_send, ctx, path, checksum, limit))
+    return CutoverMethod(SEND, partial(_send, ctx, journal, path, checksum, limit))
 
 
 def _snapshot(ctx: Context, journal: Journal) -> snapshots.Snapshot:
@@ -196,20 +196,18 @@ def _restore_staged(ctx: Context, journal: Journal, kind: str, restore: Callable
     return answered
 
 
-def _send(ctx: Context, file: Path, checksum: str, seconds: float) -> bool:
-    """Upload the snapshot, have it restored, delete the server's copy. Returns whether the server answered."""
-    filename, size = snapshots.unique_filename(ctx.staged), file.stat().st_size
+def _send(ctx: Context, journal: Journal, file: Path, checksum: str, seconds: float) -> bool:
+    """Upload the snapshot and have it restored. Returns whether the server answered. It keeps its copy."""
+    size = file.stat().st_size
     with ctx.bar("send", size, "bytes") as progress:
-        answered = snapshots.upload_and_restore(
+        return snapshots.upload_and_restore(
             ctx.qdrant,
             ctx.collection,
             file,
             size=size,
-            filename=filename,
+            filename=phases.sent_name(journal),
             checksum=checksum,
             progress=progress,
             seconds=seconds,
             answer_seconds=seconds,
         )
-    snapshots.delete(ctx.qdrant, ctx.collection, filename)
-    return answered

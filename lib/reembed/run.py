@@ -92,6 +92,8 @@ def _progress_named(ctx: Context, journal: Journal) -> Iterator[None]:
 def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cutover: Cutover, undo: str) -> Finished:
     """Fill the new collection, catch up with what was written meanwhile, verify every point, and clean up."""
     added, complete_at = 0, cutover.complete_at
+    with suppress(QdrantError):  # it takes room; the end reports it
+        phases.delete_sent(ctx.qdrant, journal)
     if complete_at is None:
         first = staging.fill(ctx, journal)
         added, complete_at = first.outcome.added, first.complete_at
@@ -110,6 +112,7 @@ def _fill_and_verify(ctx: Context, journal: Journal, runner: EmbeddingRunner, cu
     stamped = staging.stamp(ctx.spec)
     set_metadata(ctx.qdrant, ctx.collection, stamped)
     journal.append(phases.VERIFIED, points=added + last.outcome.added, stamp=stamped)
+    phases.delete_sent(ctx.qdrant, journal)
     if staging.has_staged(ctx, journal):
         staging.drop_staged(ctx, journal)
         phases.snapshot_file(ctx.folder, ctx.staged).unlink(missing_ok=True)

@@ -64,10 +64,14 @@ Copy = tuple[str, str]  # the URL of a snapshot that a node can fetch from itsel
 
 @dataclass(frozen=True)
 class Trial:
-    """A verified trial restore: a sample of its points, and the copies that the cutover fetches; None: it uploads."""
+    """A verified trial restore: a sample of its points, and the copies that the cutover fetches; None: it uploads.
+
+    `process`: the server process that had it, see `startup`.
+    """
 
     sample: Sample
     copies: list[Copy] | None
+    process: str | None
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,8 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> Trial:
     A trial that a killed run verified is used again: its name holds the snapshot's checksum.
     """
     qdrant, name = plan.target.qdrant, plan.trial
-    if not exists(qdrant, name):
+    process = snapshots.startup(qdrant)
+    if is_new := not exists(qdrant, name):
         # --force-version, or a bare snapshot of any version.
         foreign = snapshots.restorable(str(plan.backup.archive.facts["server"]["version"]), qdrant.version())
         try:
@@ -279,8 +284,21 @@ def trial_restore(plan: RestorePlan, progress: Progress | None) -> Trial:
                 step += f"\nif the snapshot is of another version of Qdrant, use a server of that version\n{FROM_GRAPH}"
             text = f"'{plan.target.collection}' is untouched: the backup's trial restore failed: {error}"
             raise StoreFailed(text, next_step=step) from error
-    plan.verify_trial()
-    return Trial(_sample(plan), plan.copies())
+    try:
+        plan.verify_trial()
+    except BackupDamaged as error:
+        if is_new and not snapshots.restarted(qdrant, process):
+            raise
+        raise _lost_by_restart(qdrant, error, f"'{plan.target.collection}' is untouched: ") from error
+    return Trial(_sample(plan), plan.copies(), process)
+
+
+def _lost_by_restart(qdrant: Qdrant, error: BackupDamaged, state: str = "") -> StoreFailed:
+    """The error for a restored collection that differs because Qdrant restarted: 1.11.3 may lose its points then."""
+    return StoreFailed(
+        f"{state}Qdrant at {qdrant.display} restarted after a restore and lost what it had restored: {error}",
+        next_step="the backup is not to blame: run the same command again",
+    )
 
 
 def cut_over(
@@ -298,6 +316,8 @@ def cut_over(
     with the collection. A failed restore is deleted at once. Returns the aliases that another collection has.
     """
     qdrant, name = plan.target.qdrant, plan.target.collection
+    if snapshots.restarted(qdrant, trial.process):  # it may have lost points of the trial restore
+        trial = trial_restore(plan, None)
     existed = exists(qdrant, name)
     wanted = {
         *aliases,
@@ -318,7 +338,12 @@ def cut_over(
     except MigrationError:
         plan.drop_unusable()
         raise
-    _verify_live(plan, trial.sample)
+    try:
+        _verify_live(plan, trial.sample)
+    except BackupDamaged as error:
+        if snapshots.restarted(qdrant, trial.process):
+            raise _lost_by_restart(qdrant, error) from error
+        raise
     taken = plan.complete(wanted)
     journal.append(RESTORED)
     return taken

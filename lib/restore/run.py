@@ -10,7 +10,7 @@ from pathlib import Path
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.backup.manifest import SAFETY, Manifest
-from lib.backup.phases import AWAITED, remove_staged, removed, report_snapshots
+from lib.backup.phases import AWAITED, remove_named_snapshots, remove_staged, removed, report_snapshots
 from lib.backup.phases import COMMAND as REEMBED
 from lib.backup.run import clean_up_backup, take_backup
 from lib.clients.falkordb.connection import list_graphs
@@ -97,7 +97,7 @@ def restore(site: Site, files: VerifiedFiles, undo: Undo) -> Restored:
             delete_with_snapshots(files.plan.target.qdrant, files.plan.trial, files.plan.target.nodes)
         late_writes = _cut_over_graph(site, files, payload, journal, commands, calls)
     _close_reembeds(site, files)
-    journal.close("done")
+    _close_done(site, journal)
     if site.collection:
         snapshots_left = [one for one in left.journals if one.is_open and _is_clean(one)]
         report_snapshots(site.collection, [*left.awaited, *snapshots_left], site.notice)
@@ -307,6 +307,16 @@ def _close_reembeds(site: Site, files: VerifiedFiles) -> None:
                 for one in remove_staged(files.plan.target.qdrant, journal):
                     site.notice(f"removed {one}, which an unfinished re-embed had staged; its vectors stay cached")
             journal.close("superseded by a restore")
+
+
+def _close_done(site: Site, journal: Journal) -> None:
+    """Close the journal of a finished restore. It stays open if the server has the safety backup's snapshot."""
+    if site.collection:  # again: the server may have refused to delete it
+        remove_named_snapshots(site.collection, journal)
+    if removed(journal):
+        journal.close("done")
+    else:
+        journal.append(AWAITED)
 
 
 def _drop_trials(site: Site, journal: Journal, error: BaseException) -> None:

@@ -192,3 +192,19 @@ def test_a_snapshot_made_in_the_same_second_stays(backing):
         assert made.name != theirs
     assert server_files(backing) == [theirs]
     delete_server_file(backing, theirs)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_snapshot_of_a_safety_backup_does_not_stay_on_the_server(operator, stand_in, times):
+    """A restore asks the server again at its end; if it refuses again, the next command does."""
+    operator.load(60)
+    operator.run("backup_automem", "--only", "qdrant")
+    name = operator.collection
+    refused = {"method": "DELETE", "path": rf"/collections/{name}/snapshots/{name}-", "status": 429, "times": times}
+    faults(operator, refused)
+    operator.run("restore_from_backup", operator.archive())
+    assert len(server_files(operator)) == times - 1
+    operator.run("backup_automem", "--only", "qdrant")
+    assert server_files(operator) == []
+    assert open_journals(operator.backups) == []

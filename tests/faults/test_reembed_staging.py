@@ -8,13 +8,15 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from lib.backup.phases import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
+from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.snapshots import _Body
-from lib.clients.qdrant.transport import QdrantError
+from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
 from tests.http_proxy import HttpProxy, Request
@@ -550,6 +552,35 @@ def test_a_restore_that_fails_twice_ends_in_the_embedding_cache(ready):
     broken = refusal("Service internal error: something broke")
     faults(ready, {"method": "PUT", "path": f"/{ready.collection}/snapshots/recover", **broken})
     assert ready.run("reembed_embeddings", "--json").json["way"] == "filled from the embedding cache"
+    assert_migrated(ready, before)
+
+
+@on_the_stand_in
+@pytest.mark.parametrize("words", [(), ("--abort",)], ids=["resume", "abort"])
+def test_a_sent_snapshot_that_the_server_does_not_delete_is_reported_and_removed_later(ready, words):
+    before = points_of(ready)
+    broken = refusal("Service internal error: something broke")
+    deletion = {"method": "DELETE", "path": rf"/collections/{ready.collection}/snapshots/", "times": 2}
+    faults(ready, {"method": "PUT", "path": "__next_probe/snapshots/recover", **broken}, {**broken, **deletion})
+    assert "something broke" in ready.run("reembed_embeddings", expect=1).err
+    assert len(ready.call("GET", "/snapshots")) == 1
+    ready.run("reembed_embeddings", *words)
+    assert ready.call("GET", "/snapshots") == []
+    assert_migrated(ready, before)
+
+
+@on_the_stand_in
+def test_a_sent_snapshot_whose_restore_is_reported_as_failed_does_not_stay_on_the_server(ready, monkeypatch):
+    before, send = points_of(ready), snapshots.upload_and_restore
+
+    def failing(q: Qdrant, *args: Any, **options: Any) -> bool:
+        send(q, *args, **options)
+        raise QdrantError(q.display, 500, "Service internal error: something broke")
+
+    monkeypatch.setattr(snapshots, "upload_and_restore", failing)
+    faults(ready, {"method": "PUT", "path": "__next_probe/snapshots/recover", **refusal("something broke")})
+    ready.run("reembed_embeddings")
+    assert ready.call("GET", "/snapshots") == []
     assert_migrated(ready, before)
 
 

@@ -16,6 +16,8 @@ import pytest
 from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.digest import graph_digest
 from lib.clients.qdrant.collection import exists
+from lib.clients.qdrant.points import delete_points, scroll
+from lib.restore.collection import RestorePlan
 from tests.kill_support import KILLS_EACH, standing, start_held
 from tests.operator_support import Operator
 from tests.restore_support import assert_tidy, neighbours, settings, spoil, wait_for
@@ -167,6 +169,38 @@ def test_falkordb_restarts_without_what_it_had_not_saved(session_servers, tmp_pa
         assert operator.state().graph == wanted
         assert operator.graphs() == [operator.graph]
         operator.clean_up()
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("method", "is_live"),
+    [("upload", False), ("copies", False), ("fetch", True)],
+    ids=["trial", "before the cutover", "live"],
+)
+def test_what_qdrant_lost_as_it_restarted_is_not_blamed_on_the_backup(ready, own_qdrant, monkeypatch, method, is_live):
+    """Seen on 1.11.3: killed during a restore, it comes back with the collection, and without its points."""
+    operator, files, (wanted, _), old = ready
+    step = getattr(RestorePlan, method)
+
+    def killed(plan: RestorePlan, *args: object) -> object:
+        done = step(plan, *args)
+        own_qdrant.kill()
+        own_qdrant.start()
+        name = operator.collection if is_live else plan.trial
+        delete_points(operator.qdrant, name, [point.id for page in scroll(operator.qdrant, name) for point in page])
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RestorePlan, method, killed)
+        more = [] if is_live else ["--no-safety-backup"]  # it would be disturbed, too
+        err = operator.run("restore_from_backup", files[0], *more, expect=1).err
+    assert "restarted after a restore and lost what it had restored" in err
+    assert "run the same command again" in err
+    assert "use another backup" not in err
+    assert operator.state() == old
+    operator.run("restore_from_backup", files[0])
+    assert operator.state().collection == wanted.collection
+    assert_tidy(operator)
 
 
 def test_qdrant_stays_down_and_the_next_command_finishes(ready, own_qdrant):

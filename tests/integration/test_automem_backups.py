@@ -40,6 +40,7 @@ from tests.automem_json_support import (
     tar_with,
 )
 from tests.bench.peak import peak_mb
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.matrix import matrix
 from tests.operator_support import OLD_SIZE, Operator
 from tests.restore_support import assert_tidy
@@ -199,6 +200,16 @@ def test_values_that_json_does_not_have_come_back_as_the_file_has_them(live, tmp
 
 
 # --- files of two moments -----------------------------------------------------------------------------------------
+
+
+def test_a_rate_limit_below_a_page_of_points_is_kept_to(live):
+    """As of a server whose strict mode, in its own configuration, limits the reads of every new collection."""
+    text = '{"status": {"error": "Rate limiting exceeded: request larger than rate limiter capacity"}}'
+    page = Fault(rb"^POST /collections/\S+__try_\w+/points ", answer=answer(429, text))
+    with FaultyProxy(int(live.servers.qdrant_url.rpartition(":")[2]), page) as proxy:
+        live.run("restore_from_backup", str(COLLECTION_FILE), env={"QDRANT_URL": f"http://127.0.0.1:{proxy.port}"})
+    assert page.hits == 1
+    assert_restored(live, graph=None)
 
 
 def test_a_folder_with_files_of_two_moments_is_refused(live, tmp_path):

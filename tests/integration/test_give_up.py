@@ -8,17 +8,22 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import requests
 
 from lib.backup.phases import DELETING
 from lib.console import Console
 from lib.journal import open_journals, read_journal
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.kill_support import ctrl_c
 from tests.matrix import matrix
-from tests.operator_support import LARGE, NEW_SIZE
+from tests.operator_support import LARGE, NEW_SIZE, OLD_SIZE, Operator
 from tests.reembed_support import make_ready, points_of
+from tests.restore_support import TIMEOUT, assert_tidy
 from tests.script_process import ROOT
 
 pytestmark = pytest.mark.qdrant
@@ -394,3 +399,59 @@ def test_the_journal_records_how_the_run_was_started(staged):
     assert journal is not None
     assert json.loads(path.read_text().splitlines()[0])["again"] == journal.fact("again")
     assert journal.fact("again") == "python scripts/reembed_embeddings.py --no-switch --batch-size 50"
+
+
+@contextmanager
+def refused_once(operator: Operator) -> Iterator[None]:
+    """The server refuses once to delete a snapshot of a temporary collection."""
+    deletion = rb"^DELETE /collections/\S+(__try_|__next)\S*/snapshots/"
+    fault = Fault(deletion, answer=answer(500, '{"status": {"error": "Service internal error: try again"}}'))
+    with FaultyProxy(int(operator.servers.qdrant_url.rpartition(":")[2]), fault) as proxy:
+        operator.export(QDRANT_URL=f"http://127.0.0.1:{proxy.port}")
+        yield
+    del operator.exports["QDRANT_URL"]
+
+
+def assert_no_files(operator: Operator, name: str) -> None:
+    """The server has no snapshot of this collection. It lists those of a deleted one when the name exists again."""
+    url = f"{operator.servers.qdrant_url}/collections/{name}"
+    body = {"vectors": {"size": 1, "distance": "Dot"}}
+    requests.put(url, json=body, timeout=TIMEOUT).raise_for_status()
+    try:
+        assert requests.get(f"{url}/snapshots", timeout=TIMEOUT).json()["result"] == []
+    finally:
+        requests.delete(url, timeout=TIMEOUT).raise_for_status()
+
+
+@pytest.mark.parametrize("command", ["restore", "reembed"])
+def test_a_snapshot_that_the_server_does_not_delete_is_reported_and_removed_by_the_same_command(operator, command):
+    """Without its collection no request lists or deletes it any more: it would stay on the server's disk."""
+    with refused_once(operator):
+        make_ready(operator)
+        words = ("reembed_embeddings",)
+        if command == "restore":
+            operator.export(VECTOR_SIZE=OLD_SIZE)
+            words = ("restore_from_backup", operator.archive())
+        failed = operator.run(*words, expect=1)
+        assert "try again" in failed.err
+        assert "to resume:" in failed.err
+        (left,) = set(operator.collections()) - {operator.collection}
+        done = operator.state()
+        operator.run(*words)
+        assert operator.state() == done
+    assert_tidy(operator)
+    assert_no_files(operator, left)
+
+
+def test_an_abort_leaves_no_snapshot_on_the_server(operator):
+    with refused_once(operator):
+        make_ready(operator)
+        operator.run("reembed_embeddings", "--no-switch")
+        staged = f"{operator.collection}__next"
+        url = f"{operator.servers.qdrant_url}/collections/{staged}/snapshots"
+        requests.post(url, timeout=TIMEOUT).raise_for_status()
+        assert "try again" in operator.run("reembed_embeddings", "--abort", expect=1).err
+        done = operator.run("reembed_embeddings", "--abort", "--json").json
+        assert done["removed"] == [f"collection {staged}"]
+    assert_tidy(operator)
+    assert_no_files(operator, staged)

@@ -244,8 +244,6 @@ def test_a_limit_of_reads_that_counts_each_id_stops_no_reading_of_all_points(q: 
     upsert.upsert(q, names[0], ids_of(64), vectors_of(64, 8), [payload_of(index) for index in range(64)])
     fields = {"enabled": True, "read_rate_limit": 30}
     q.json("PATCH", f"/collections/{names[0]}", {"strict_mode_config": fields})
-    with pytest.raises(QdrantError, match=r"429.*split your request"):
-        list(points.retrieve_pages(q, names[0], [ids_of(64)], payload=True))
     pages = list(all_points(q, names[0], page=40, vector=True))
     assert [[point.id for point in page] for page in pages] == [ids_of(64)[:40], ids_of(64)[40:]]
     assert pages[1][-1].payload == payload_of(63)

@@ -108,10 +108,24 @@ def retrieve_pages(
     q: Qdrant, name: str, pages: Iterable[Sequence[PointId]], *, payload: bool | list[str] = False, vector: bool = False
 ) -> Iterator[list[Point]]:
     """Yield the points of each page of ids like `retrieve`. The next pages are requested while one is used."""
-    post = partial(_post_ids, q, name, payload=payload, vector=vector)
+    post = partial(_post_page, q, name, payload=payload, vector=vector)
     # Decoded here, one after the other: the numbers of a page take five times the memory of its JSON.
-    for response in bounded_map(post, pages, PAGES_AT_ONCE):
-        yield (vector and _plain_points(response)) or _points(q.result(response))
+    for responses in bounded_map(post, pages, PAGES_AT_ONCE):
+        yield [point for one in responses for point in (vector and _plain_points(one)) or _points(q.result(one))]
+
+
+def _post_page(
+    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
+) -> list[requests.Response]:
+    """The answers that hold these points: of smaller requests, if one for all is larger than a rate limit."""
+    try:
+        return [_post_ids(q, name, ids, payload=payload, vector=vector)]
+    except QdrantError as error:
+        if len(ids) == 1 or not _is_too_large(error):
+            raise
+    middle = len(ids) // 2
+    halves = (ids[:middle], ids[middle:])
+    return [one for half in halves for one in _post_page(q, name, half, payload=payload, vector=vector)]
 
 
 def limits_reads(q: Qdrant, name: str) -> bool:

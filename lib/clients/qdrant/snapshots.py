@@ -9,8 +9,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -52,15 +50,6 @@ class Snapshot:
     size: int
     checksum: str | None
     created: str
-
-
-def server_time(q: Qdrant) -> datetime:
-    """The server's clock (UTC, whole seconds) from its `Date` header; this machine's if a proxy removed that."""
-    date = q.call("GET", "/").headers.get("Date", "")
-    try:
-        return parsedate_to_datetime(date).astimezone(timezone.utc)
-    except ValueError:
-        return datetime.now(timezone.utc)
 
 
 def startup(q: Qdrant) -> str | None:
@@ -483,12 +472,21 @@ def _refuse_existing(q: Qdrant, collection: str) -> None:
 
 
 def delete_with_snapshots(q: Qdrant, name: str, nodes: Iterable[Qdrant] = ()) -> None:
-    """Delete a collection, live or failed, and first the snapshots that were uploaded to it (on all `nodes`)."""
+    """Delete a collection, live or failed, and first the snapshots that were uploaded to it (on all `nodes`).
+
+    Raises MigrationError if a snapshot cannot be deleted and the collection is live: it stays, because without it the
+    server no longer lists the file, which would stay on its disk.
+    """
     if not exists(q, name):
         return
+    refused: MigrationError | None = None
     for node in (q, *nodes):
-        # The collection matters more: a failed one keeps a 1.11.3 server from starting.
-        with contextlib.suppress(MigrationError):
+        try:
             for one in list_snapshots(node, name):
                 delete(node, name, one.name)
+        except MigrationError as error:
+            refused = error
+    # A failed collection matters more than a file: it keeps a 1.11.3 server from starting.
+    if refused and health(q, name) == "live":
+        raise refused
     delete_collection(q, name)

@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -80,6 +82,15 @@ def reports_full_disk(text: str) -> bool:
 def collection_path(name: str, *parts: str) -> str:
     """The URL path of a collection, or of something in it; every part is quoted."""
     return "/".join(["/collections", quote(name, safe=""), *(quote(part, safe="") for part in parts)])
+
+
+def server_time(q: Qdrant) -> datetime:
+    """The server's clock (UTC, whole seconds) from its `Date` header; this machine's if a proxy removed that."""
+    date = q.call("GET", "/").headers.get("Date", "")
+    try:
+        return parsedate_to_datetime(date).astimezone(timezone.utc)
+    except ValueError:
+        return datetime.now(timezone.utc)
 
 
 def curl_line(qdrant: Qdrant, method: str, *path: str, query: str = "") -> str:
