@@ -319,11 +319,8 @@ def cut_over(
     if snapshots.restarted(qdrant, trial.process):  # it may have lost points of the trial restore
         trial = trial_restore(plan, None)
     existed = exists(qdrant, name)
-    wanted = {
-        *aliases,
-        *plan.backup.archive.facts["aliases"],
-        *(collections.aliases_of(qdrant, name) if existed else ()),
-    }
+    current = collections.aliases_of(qdrant, name) if existed else ()
+    wanted = {*aliases, *plan.backup.archive.facts["aliases"], *current}
     journal.append(DELETING, undo=undo, aliases=sorted(wanted))
     if existed:
         delete_collection(qdrant, name)
