@@ -276,8 +276,8 @@ def _add_points(text: Text, page: list[Point], ids: TemporaryIdTable, facts: Poi
     facts.size = facts.size or len(vectors[0])
     wrong = next((row for row, one in enumerate(vectors) if len(one) != facts.size or not len(one)), None)
     if wrong is not None:
-        found = f"of {len(vectors[wrong])}d, others are of {facts.size}d"
-        text.refuse(f"the vector of point {page[wrong].id} is {found}")
+        odd = f"the vector of point {page[wrong].id} is of {len(vectors[wrong])}d"
+        text.refuse(f"{odd}, others are of {facts.size}d")
     bad = next((one.id for one in page if point_id(one.id) != one.id), None)
     if bad is not None:
         text.refuse(f"{bad!r} is no id of a point")

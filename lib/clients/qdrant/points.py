@@ -141,17 +141,12 @@ def raw_points(q: Qdrant, name: str, ids: Sequence[PointId]) -> dict[PointId, tu
 
 
 def _by_ids(
-    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool, size: int | None = None
+    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
 ) -> Iterator[list[dict[str, Any]]]:
-    size = size or (PAGE_WITH_VECTORS if vector else PAGE)
+    size = PAGE_WITH_VECTORS if vector else PAGE
     for start in range(0, len(ids), size):
-        page = ids[start : start + size]
-        try:
-            yield q.result(_post_ids(q, name, page, payload=payload, vector=vector))
-        except QdrantError as error:
-            if len(page) == 1 or not _is_too_large(error):
-                raise
-            yield from _by_ids(q, name, page, payload=payload, vector=vector, size=len(page) // 2)
+        for response in _post_page(q, name, ids[start : start + size], payload=payload, vector=vector):
+            yield q.result(response)
 
 
 def _post_ids(
