@@ -32,6 +32,7 @@ from tests.restore_support import (
 from tests.sandbox.state import state_of
 
 pytestmark = pytest.mark.qdrant
+pytest_plugins = ["tests.backup_fixtures"]
 
 OFTEN = KILLS_EACH > 1
 RANDOM = 6 * KILLS_EACH if OFTEN else 3
@@ -271,15 +272,6 @@ def test_a_refused_delete_of_the_trial_restore_is_resumed_by_the_printed_command
     with FaultyProxy(int(direct.rpartition(":")[2]), refusal) as proxy:
         resume_as_printed(ready, {"QDRANT_URL": f"http://127.0.0.1:{proxy.port}"})
     assert refusal.hits == 1
-
-
-@pytest.fixture
-def stand_in(qdrant_url):
-    """Fault rules exist only in the stand-in."""
-    if requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT).status_code == 404:
-        pytest.skip("a real server takes no fault rules")
-    yield
-    requests.delete(f"{qdrant_url}/_sandbox/faults", timeout=TIMEOUT)
 
 
 @pytest.mark.core
