@@ -1,25 +1,38 @@
-"""Temporary folders and child processes that end with this process, and the memory of this machine."""
+"""Temporary folders and child processes that end with this process, and the memory of this machine.
+
+A module that answers questions in a process of its own does not crash the caller, and works beside it: in one process,
+threads take turns at Python code.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
-from lib.errors import UsageProblem
+import orjson
+
+from lib import errors
+from lib.errors import MigrationError, UsageProblem
 from lib.files import replaceable_by_others
 
 # What a child needs to start. It may open hostile files, so it gets no key, password or token.
 _ENVIRONMENT = {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH"}
 _SPARE_MEMORY = 4 << 30
+_ROOT = Path(__file__).parents[1]
+_PR_SET_PDEATHSIG = 1
+
+Ask = Callable[[dict[str, Any]], Any]
 
 # A cleanup watchdog: a shell that outlives this process. Its input ends when this process, and a child that has not yet
 # sent its process id, have ended. Unless the last line is `done`, it kills the children and removes the folder.
@@ -61,6 +74,68 @@ def limit_resources(pid: int, *, mapped: int = 0, cpu_seconds: int | None = None
         resource.prlimit(pid, resource.RLIMIT_AS, (memory, memory))
         if cpu_seconds:
             resource.prlimit(pid, resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+
+
+class ChildError(MigrationError):
+    """An error in the module's process that is not one of ours."""
+
+
+@contextlib.contextmanager
+def answering_module(
+    module: str, ended: Callable[[int], MigrationError], *, mapped: int = 0, cpu_seconds: int | None = None
+) -> Iterator[Ask]:
+    """Run `module`, which calls `answer_questions`, in a process that ends with the block and with this process.
+
+    Yields a function that sends it a question and returns the answer, or raises the error of the answer: a
+    MigrationError or ChildError, and if the process ended what `ended` makes of its exit code. For the limits see
+    `limit_resources`.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-m", module, str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=_ROOT,
+        env=child_environment(),
+        start_new_session=True,  # Ctrl-C interrupts the command, which then ends this process
+    ) as child:
+        limit_resources(child.pid, mapped=mapped, cpu_seconds=cpu_seconds)
+        stdin, stdout = cast("IO[bytes]", child.stdin), cast("IO[bytes]", child.stdout)
+
+        def ask(question: dict[str, Any]) -> Any:
+            with contextlib.suppress(BrokenPipeError):
+                stdin.write(orjson.dumps(question) + b"\n")
+                stdin.flush()
+            line = stdout.readline()
+            if not line.endswith(b"\n"):
+                raise ended(child.wait())
+            reply = orjson.loads(line)
+            if "error" in reply:
+                raise getattr(errors, reply["kind"], ChildError)(reply["error"], next_step=reply["next_step"])
+            return reply["answer"]
+
+        try:
+            yield ask
+        finally:
+            child.kill()
+            with contextlib.suppress(BrokenPipeError):  # a question that it did not read
+                stdin.close()
+
+
+def answer_questions(answer: Callable[[dict[str, Any]], object]) -> None:
+    """Answer the questions on standard input, lines of JSON, until it or the process of `answering_module` ends."""
+    if sys.platform == "linux":  # it must not write into a folder that is being removed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]):  # which had ended before
+        return
+    for line in sys.stdin.buffer:
+        try:
+            reply = {"answer": answer(orjson.loads(line))}
+        except Exception as error:  # noqa: BLE001 - reported to the other process, whatever it is
+            step = error.next_step if isinstance(error, MigrationError) else ""
+            reply = {"error": str(error), "kind": type(error).__name__, "next_step": step}
+        sys.stdout.buffer.write(orjson.dumps(reply) + b"\n")
+        sys.stdout.buffer.flush()
 
 
 @dataclass

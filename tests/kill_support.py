@@ -45,7 +45,7 @@ HOOKS = {
     "old graph dropped": "lib.restore.graph.command",
     "AutoMem's graph read": "lib.restore.automem_backup.read_graph",
     "AutoMem's graph loaded": "lib.restore.automem_backup.dump_graph",
-    "AutoMem's points read": "lib.restore.automem_backup.read_points",
+    "AutoMem's points read": "lib.restore.automem_backup.read_points_apart",
     "trial's collection created": "lib.restore.automem_backup.create_default",
     "spot check's collection made": "lib.reembed.quality.create_like",
     "spot check's points written": "lib.reembed.quality.sync_collection",

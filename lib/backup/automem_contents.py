@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,15 +16,17 @@ import orjson
 
 from lib.backup.automem_files import ANOTHER, COLLECTION, GRAPH, AutoMemFile, Text, elements, opened_text
 from lib.backup.points import TemporaryIdTable, as_id, point_id, room_or_error
+from lib.child_process import answer_questions, answering_module, scratch_folder
 from lib.clients.falkordb.bulk import points_in, require_name, require_values
 from lib.clients.falkordb.queries import MEMORY_LABEL
 from lib.clients.qdrant.points import Point, PointId, float32s, read_float32s
-from lib.errors import BackupDamaged
+from lib.errors import BackupDamaged, MigrationError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_READER = "lib.backup.automem_contents"
 _PAGE, _PAGE_OF_VECTORS = 1000, 256
 _VECTOR = b'"vector": '
 _PAGE_OF_AUTOMEM = 10_000  # rows that AutoMem asks for at once; a shorter page ends its backup
@@ -199,10 +204,10 @@ Rows = tuple[list[PointId], "NDArray[np.float32]", list[dict[str, Any]]]
 class PointTable(TemporaryIdTable):
     """The points of a file in SQLite's own temporary file, in its order: id, payload, and vector ((size,) float32)."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__(path)
         self.size = 0
-        self._db.execute("CREATE TABLE rows (id TEXT, payload BLOB, vector BLOB)")
+        self._db.execute("CREATE TABLE IF NOT EXISTS rows (id TEXT, payload BLOB, vector BLOB)")
 
     def put_rows(self, ids: Iterable[PointId], payloads: Iterable[bytes], vectors: NDArray[np.float32]) -> None:
         """Add points. `payloads` are JSON, `vectors` is (n, size)."""
@@ -251,6 +256,31 @@ def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFa
             text.refuse(f"its vectors are of {facts.size}d, its stats say {stats.vector_size}d")
     ids.complete = True
     return facts
+
+
+def read_points_apart(source: AutoMemFile) -> tuple[PointTable, PointFacts]:
+    """Like `read_points` into a new table, but in another process, beside which this one can load the graph."""
+    with scratch_folder("automem-points-") as folder, answering_module(_READER, _ended) as ask:
+        path = folder.path / "points"
+        file = {"path": str(source.path), "kind": source.kind, "member": source.member}
+        facts = PointFacts(**ask({"file": file, "table": str(path), "folder": str(Path.cwd())}))
+        table = PointTable(path)  # open, it needs the file's name no longer
+        table.size, table.complete = facts.size, True
+        return table, facts
+
+
+def _ended(code: int) -> MigrationError:
+    how = "was killed: memory may be short" if code == -signal.SIGKILL else f"ended (exit {code})"
+    return MigrationError(
+        f"the process that reads the backup of the collection {how}", next_step="run the same command again"
+    )
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    os.chdir(question["folder"])  # paths in messages are as the operator gave them
+    path, kind, member = question["file"].values()
+    with closing(PointTable(Path(question["table"]))) as table:
+        return asdict(read_points(AutoMemFile(Path(path), kind, member), table))
 
 
 def _read_point(text: Text, element: bytes) -> Point:
@@ -329,3 +359,7 @@ def describe(source: AutoMemFile) -> tuple[str, list[str]]:
         lambda _before, rows: require_values(one.properties or {} for _, _, one in rows),
     )
     return f"{graph.nodes:,} nodes, {graph.relationships:,} relationships", graph.signs_of_a_cut()
+
+
+if __name__ == "__main__":
+    answer_questions(_answer)

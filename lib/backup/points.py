@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -355,21 +356,26 @@ def room_or_error() -> Iterator[None]:
         raise MigrationError(
             f"the temporary folder has no room for the ids of the collection: {error}",
             next_step=f"free some room there:\ndf -h {quote(tempfile.gettempdir())}\n"
-            "or name a folder on a larger disk:\nexport SQLITE_TMPDIR=...",
+            "or name a folder on a larger disk:\nexport TMPDIR=...",
         ) from error
 
 
 class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
     """Ids with payloads in SQLite's own temporary file, which is deleted when the table is closed or collected.
 
-    Ids are text, because SQLite's integers end at 2^63. One thread at a time may use it.
+    Ids are text, because SQLite's integers end at 2^63. One thread at a time may use it. With a `path` it is in that
+    file, which the caller deletes, and may be there already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.complete = False  # whether `fill` has read all its ids
-        self._db = sqlite3.connect("", check_same_thread=False)
+        self._db = sqlite3.connect(path or "", check_same_thread=False)
         with room_or_error():
-            self._db.execute("CREATE TABLE points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
+            self._db.execute(
+                "PRAGMA journal_mode = OFF"
+            )  # as SQLite's own temporary files are: nothing outlives a crash
+            self._db.execute("PRAGMA synchronous = OFF")
+            self._db.execute("CREATE TABLE IF NOT EXISTS points (id TEXT PRIMARY KEY, payload BLOB) WITHOUT ROWID")
 
     def __exit__(self, *_: object) -> None:
         self.close()

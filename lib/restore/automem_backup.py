@@ -15,7 +15,7 @@ from shlex import quote
 import numpy as np
 
 from lib.backup.archive import ArchiveFacts, SnapshotMember
-from lib.backup.automem_contents import GraphFacts, PointTable, Rows, read_graph, read_points
+from lib.backup.automem_contents import GraphFacts, PointTable, Rows, read_graph, read_points_apart
 from lib.backup.automem_files import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource, read_loaded
@@ -91,8 +91,7 @@ def open_graph(
 
 def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBackup:
     """Verify a collection's file; its points are in a temporary table afterwards. Raises BackupDamaged."""
-    table = PointTable()
-    found = read_points(source, table)
+    table, found = read_points_apart(source)
     config = {"params": {"vectors": {"size": found.size, "distance": "Cosine"}}}
     schema = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
     snapshot = SnapshotFacts(found.size, "Cosine", False, 0, {}, schema, config)  # noqa: FBT003 - vectors_named

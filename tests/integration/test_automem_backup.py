@@ -192,6 +192,31 @@ def test_a_damaged_backup_is_refused_before_anything_is_touched(operator, kind):
     assert_tidy(operator)
 
 
+def test_a_path_is_shown_as_it_was_given(operator):
+    """The points are read by another process, which has another working directory at first."""
+    operator.load(60)
+    _, collection = write_pair(operator, operator.folder)
+    collection.write_bytes(collection.read_bytes()[:-20])
+    given = str(collection.relative_to(operator.folder))
+    refused = operator.run("restore_from_backup", given, expect=4)
+    assert f"error: {given} is damaged" in refused.err
+
+
+def test_a_reader_of_points_that_is_killed_is_not_blamed_on_the_file(operator, tmp_path, monkeypatch):
+    operator.load(60)
+    _, collection = write_pair(operator, operator.folder)
+    before = content(operator)
+    (tmp_path / "dying.py").write_text("import os\ninput()\nos.kill(os.getpid(), 9)\n")
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.backup.automem_contents._READER", "dying")
+        patched.setattr("lib.child_process._ROOT", tmp_path)
+        refused = operator.run("restore_from_backup", str(collection), expect=1)
+    assert "the process that reads the backup of the collection was killed" in refused.err
+    assert "run the same command again" in refused.err
+    assert content(operator) == before
+    operator.run("restore_from_backup", str(collection))
+
+
 def test_a_backup_that_lost_rows_needs_force_incomplete(operator):
     operator.load(60)
     graph, _ = write_pair(operator, operator.folder)

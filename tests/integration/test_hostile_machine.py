@@ -13,9 +13,10 @@ from pathlib import Path
 import portalocker.portalocker
 import pytest
 
+from lib import child_process
 from lib.child_process import child_environment
 from lib.clients.falkordb.scratch import installed_engines
-from lib.clients.qdrant import segments as open_segments
+from lib.clients.qdrant.segments import SegmentFiles, opened_segments
 from tests.operator_support import ROOT
 from tests.reembed_support import assert_migrated, make_ready, points_of, upgrade
 
@@ -104,7 +105,7 @@ def test_a_child_that_opens_files_of_others_gets_no_secret(operator, tmp_path, m
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are set on Linux")
 def test_the_engine_of_the_segments_is_bounded_and_gets_no_secret(monkeypatch, tmp_path):
     started = []
-    real = open_segments.subprocess.Popen
+    real = child_process.subprocess.Popen
 
     def popen(*words, **more):
         child = real(*words, **more)
@@ -112,16 +113,16 @@ def test_the_engine_of_the_segments_is_bounded_and_gets_no_secret(monkeypatch, t
         return child
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr(open_segments.subprocess, "Popen", popen)
-    with open_segments._engine(1 << 20, 1) as ask:
-        assert ask({"held": []}) == []
+    monkeypatch.setattr(child_process.subprocess, "Popen", popen)
+    with opened_segments(SegmentFiles(tmp_path)) as segments:
+        assert segments.held([]) == set()
         process = Path(f"/proc/{started[0].pid}")
         limits = {
             line.rsplit(None, 3)[0].strip(): line.split()[-3]
             for line in (process / "limits").read_text().splitlines()[1:]
         }
         assert b"sk-secret" not in (process / "environ").read_bytes()
-    assert limits["Max cpu time"] == "601"
+    assert limits["Max cpu time"] == "600"
     assert 4 << 30 < int(limits["Max address space"]) < 1 << 50
 
 

@@ -325,7 +325,8 @@ def test_the_engine_finds_the_ids_that_exist(tmp_path):
 def test_an_engine_that_dies_ends_nothing_else(tmp_path, monkeypatch, number, error):
     dying = tmp_path / "dying.py"
     dying.write_text(f"import os\ninput()\nos.kill(os.getpid(), {number})\n")
-    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", [dying])
+    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", "dying")
+    monkeypatch.setattr("lib.child_process._ROOT", tmp_path)
     (tmp_path / "segments").mkdir()
     with pytest.raises(error), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "segments"):
         pass
@@ -335,7 +336,8 @@ def test_an_engine_that_is_killed_between_two_questions_ends_nothing_else(tmp_pa
     """The second one stays in the pipe: closing that must not end in another error."""
     dying, answer = tmp_path / "dying.py", '{"answer": {"0": 50}}'
     dying.write_text(f"import os\ninput()\nos.close(0)\nprint('{answer}', flush=True)\nos.kill(os.getpid(), 9)\n")
-    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", [dying])
+    monkeypatch.setattr("lib.clients.qdrant.segments._ENGINE", "dying")
+    monkeypatch.setattr("lib.child_process._ROOT", tmp_path)
     (tmp_path / "segments").mkdir()
     with pytest.raises(EngineKilled), opened(SNAPSHOTS["1.18.3"]["memories_4d.snapshot"], tmp_path / "segments") as one:
         one.held([1])

@@ -1,28 +1,22 @@
 """Open a snapshot's segments with Qdrant's own engine, on this machine: count their points, look up ids.
 
 The engine runs in a process of this module: it maps the segments outside the caller's memory, and a file that crashes
-it does not crash the caller. Each question to it, and each answer, is a line of JSON.
+it does not crash the caller.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import os
 import signal
-import subprocess
-import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-import orjson
-
-from lib.child_process import child_environment, limit_resources
+from lib.child_process import Ask, ChildError, answer_questions, answering_module
 from lib.clients.qdrant.snapshot_format import BLOCK, ByteStream, Section, Sparse
 from lib.errors import BackupDamaged, MigrationError
 from lib.files import FULL_DISK, PassThrough
@@ -32,23 +26,15 @@ if TYPE_CHECKING:
 
 # The engine cannot read segments over RocksDB (Qdrant up to about 1.15); seen with 1.11.3.
 _UNKNOWN_FORMAT = ("unknown variant", "rocksdb", "RocksDB", "Failed to deserialize")
-_ENGINE = ("-m", "lib.clients.qdrant.segments")
-_ROOT = Path(__file__).parents[3]
+_ENGINE = "lib.clients.qdrant.segments"
 # Far above what the engine needs for intact segments: preallocated files, payloads and indexes in memory.
 _MAPPED, _PREALLOCATED, _CPU_SECONDS, _BYTES_PER_SECOND = 8, 512 << 20, 600, 1 << 20
-_PR_SET_PDEATHSIG = 1
-
-Ask = Callable[[dict[str, Any]], Any]
 
 
 class EngineKilled(MigrationError):
     """The system killed the engine's process. That says nothing about the segments."""
 
     usual_step = "free some memory, then run the same command again"
-
-
-class _EngineError(Exception):
-    """An error that the engine reported."""
 
 
 class Segments:
@@ -62,7 +48,7 @@ class Segments:
         """Those of `ids` that are points of the snapshot. Raises BackupDamaged if one is not a valid id."""
         try:
             return set(self._ask({"held": list(ids)}))
-        except _EngineError as error:
+        except ChildError as error:
             raise BackupDamaged(f"an id that the engine refuses: {error}") from None
 
 
@@ -134,57 +120,19 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
     Raises BackupDamaged, EngineKilled, and OSError if the disk is full.
     """
     archives = files.archives()
-    with _engine(sum(path.stat().st_size for path in archives.values()), files.segments) as ask:
+    size = sum(path.stat().st_size for path in archives.values())
+    mapped, cpu_seconds = _MAPPED * size + files.segments * _PREALLOCATED, _CPU_SECONDS + size // _BYTES_PER_SECOND
+    with answering_module(_ENGINE, _ended, mapped=mapped, cpu_seconds=cpu_seconds) as ask:
         try:
             counts = ask({"open": {shard: str(path) for shard, path in archives.items()}})
             segments = Segments(ask, {int(shard): points for shard, points in counts.items()})
-        except _EngineError as error:
+        except ChildError as error:
             if "No space left" in str(error):
                 raise files.disk_full() from None
             if not any(sign in str(error) for sign in _UNKNOWN_FORMAT):
                 raise BackupDamaged(f"the engine cannot open the snapshot's segments: {error}") from None
             segments = None
         yield segments
-
-
-@contextmanager
-def _engine(size: int, segments: int) -> Iterator[Ask]:
-    """Start the engine's process, limited for segments of `size` bytes. It ends with the block and with this process.
-
-    Yields a function that sends it a question and returns the answer, or raises _EngineError, and if the process ended
-    BackupDamaged or EngineKilled.
-    """
-    with subprocess.Popen(
-        [sys.executable, *_ENGINE, str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=_ROOT,
-        env=child_environment(),
-        start_new_session=True,  # Ctrl-C interrupts the command, which then ends this process
-    ) as child:
-        mapped = _MAPPED * size + segments * _PREALLOCATED
-        limit_resources(child.pid, mapped=mapped, cpu_seconds=_CPU_SECONDS + size // _BYTES_PER_SECOND)
-        stdin, stdout = cast("IO[bytes]", child.stdin), cast("IO[bytes]", child.stdout)
-
-        def ask(question: dict[str, Any]) -> Any:
-            with suppress(BrokenPipeError):
-                stdin.write(orjson.dumps(question) + b"\n")
-                stdin.flush()
-            line = stdout.readline()
-            if not line.endswith(b"\n"):
-                raise _ended(child.wait())
-            reply = orjson.loads(line)
-            if "error" in reply:
-                raise _EngineError(reply["error"])
-            return reply["answer"]
-
-        try:
-            yield ask
-        finally:
-            child.kill()
-            with suppress(BrokenPipeError):  # a question that it did not read
-                stdin.close()
 
 
 def _ended(code: int) -> MigrationError:
@@ -215,23 +163,8 @@ def _answer(shards: dict[str, Any], question: dict[str, Any]) -> object:
     return list(found)
 
 
-def _serve(parent: int) -> None:
-    """Answer the questions on standard input until it ends, or `parent` does."""
-    if sys.platform == "linux":  # it must not write into a folder that is being removed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # which had ended before
-        return
-    shards: dict[str, Any] = {}
-    for line in sys.stdin.buffer:
-        try:
-            reply = {"answer": _answer(shards, orjson.loads(line))}
-        except Exception as error:  # noqa: BLE001 - the engine raises nothing finer (pypi.org/project/qdrant-edge-py)
-            reply = {"error": str(error)}
-        sys.stdout.buffer.write(orjson.dumps(reply) + b"\n")
-        sys.stdout.buffer.flush()
-    for shard in shards.values():
-        shard.close()
-
-
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    opened: dict[str, Any] = {}
+    answer_questions(partial(_answer, opened))
+    for one in opened.values():
+        one.close()
