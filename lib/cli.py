@@ -37,6 +37,7 @@ INSTALL = (
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OBJECTS = 100_000  # new ones before Python looks for cycles: rows and points are many lists, and have none
+_NO_TEMPORARY = "No usable temporary directory"  # the words of Python's tempfile, which tries to write into several
 _CLEANING_UP = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, and the next run cleans up\n"
 
 
@@ -213,6 +214,10 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
         where = str(error.filename or "the backup folder or the folder for temporary files")
         if error.errno in FULL_DISK:
             known = MigrationError(f"no room left for {where}: {error.strerror}", next_step="free some room:\ndf -h")
+        elif str(error.strerror).startswith(_NO_TEMPORARY):
+            text = f"no room left for temporary files, or they cannot be written: {error.strerror}"
+            step = "free some room:\ndf -h\nor name a folder on another disk:\nexport TMPDIR=..."
+            known = MigrationError(text, next_step=step)
         elif error.filename is None or isinstance(error, ConnectionError):
             raise  # a bug, or a lost reader
         else:
