@@ -290,6 +290,13 @@ def _open_lock_file(path: Path) -> IO[bytes]:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise _bad_lock_file(path, "it is not a regular file") from None
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise UsageProblem(
+            f"no lock can be made in {path.parent}: {error.strerror}. The runs on a machine hold locks there",
+            next_step=f"make {path.parent} writable; if a container's file system is read-only, mount a tmpfs there",
+        ) from error
     return os.fdopen(descriptor, "rb")
 
 
