@@ -26,6 +26,7 @@ APPLICATION_ID = 0x414D5350
 FORMAT_VERSION = 1
 BUSY_SECONDS = 30
 PREFIX_BYTES = 4  # of a key: endpoint, model and size
+_LOG_BYTES = 1 << 20  # with less, SQLite may be unable to make its log's index, and reports an I/O error
 VALUES_AT_ONCE = 500  # SQLite builds allow 999 bound values or more (https://www.sqlite.org/limits.html)
 
 # Vectors are shared by all graphs and collections of this machine. A plan and saved points belong to one of them.
@@ -124,20 +125,23 @@ class CacheFile:
             damaged = self.path if isinstance(error, sqlite3.OperationalError) else self._damaged()
             cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
             folder, again = quote(str(self.path.parent)), "then run the same command again"
-            if "full" in str(error):
+            why = str(error)
+            if "I/O" in why and free_bytes(self.path.parent) < _LOG_BYTES:
+                why += ": its disk is full"
+            if "full" in why:
                 step = f"free some room:\ndf -h {folder}\n{again}"
-            elif "locked" in str(error):
+            elif "locked" in why:
                 step = (
                     f"another process holds it: wait until it has ended, {again}\n"
                     "if there is none, its disk cannot lock files: name a folder on a local disk with --backup-dir"
                 )
-            elif "I/O" in str(error):  # also if the disk cannot map a file, which SQLite's log needs
+            elif "I/O" in why:  # also if the disk cannot map a file, which SQLite's log needs
                 step = f"look at its disk, and name a folder on a local one with --backup-dir:\ndf -T {folder}"
             elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk
                 step = f"make it writable again, {again}:\nls -l {folder}"
             else:  # only if SQLite reports damage, vectors that were paid for are given up
                 step = f"move it away, {again}; {cost}:\n{moved(damaged, '.damaged')}"
-            raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {error}", next_step=step) from error
+            raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {why}", next_step=step) from error
 
     def _damaged(self) -> Path:
         """The file that is damaged: SQLite's error does not name it. `prune_cache` reads the other plans, too."""
