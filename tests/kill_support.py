@@ -46,7 +46,7 @@ HOOKS = {
     "AutoMem's graph read": "lib.restore.automem_backup.read_graph",
     "AutoMem's graph loaded": "lib.restore.automem_backup.dump_graph",
     "AutoMem's points read": "lib.restore.automem_backup.read_points",
-    "trial's collection created": "lib.restore.automem_backup.create_default",
+    "trial's collection created": "lib.restore.automem_backup.create_like",
     "spot check's collection made": "lib.reembed.quality.create_like",
     "spot check's points written": "lib.reembed.quality.sync_collection",
     "spot check compared": "lib.reembed.quality.compare_sample",

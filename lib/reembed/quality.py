@@ -18,7 +18,7 @@ import numpy as np
 
 from lib.backup.phases import DELETING, spec_as_json
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
-from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
+from lib.clients.qdrant.collection import AUTOMEM_INFO, CollectionState, create_like, delete_collection
 from lib.clients.qdrant.points import Hit, PointId, exact_search, retrieve, search
 from lib.clients.qdrant.transport import QdrantError, curl_line
 from lib.concurrency import bounded_map
@@ -216,7 +216,7 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
     The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
     start deletes it.
     """
-    total, size = ctx.cache.memory_count(), ctx.spec.size
+    total = ctx.cache.memory_count()
     step = max(1.0, total / count)
     wanted = {int(number * step) for number in range(min(count, total))}
     rows = [row for number, row in enumerate(ctx.cache.memories()) if number in wanted]
@@ -230,10 +230,7 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
     side = f"{ctx.collection}__check_{journal.run_id}"
     journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(ctx.qdrant, 'DELETE', side)}")
     try:
-        if live is None:
-            create_default(ctx.qdrant, side, size)
-        else:
-            create_like(ctx.qdrant, side, live.raw, size)
+        create_like(ctx.qdrant, side, live.raw if live else AUTOMEM_INFO, ctx.spec.size)
         with ctx.bar("upsert", len(rows), "points") as progress:
             outcome = sync_collection(ctx, side, progress, memories=rows)
         compared = compare_sample(ctx, live.name, side, rows) if live else None

@@ -30,7 +30,7 @@ from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, get_state
+from lib.clients.qdrant.collection import AUTOMEM_INFO, create_like, get_state
 from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import CancelToken, Progress, bounded_map
@@ -94,7 +94,7 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
     table = PointTable()
     found = read_points(source, table)
     config = {"params": {"vectors": {"size": found.size, "distance": "Cosine"}}}
-    schema = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
+    schema = dict.fromkeys(AUTOMEM_INFO["payload_schema"], "keyword")
     snapshot = SnapshotFacts(found.size, "Cosine", False, 0, {}, schema, config)  # noqa: FBT003 - vectors_named
     # The name of the trial holds this checksum, so that a verified trial is used again for the same file alone.
     member = SnapshotMember("", 4 * found.points * found.size, sha256_file(source.path))
@@ -121,7 +121,7 @@ class PointsPlan(RestorePlan):
         del stem
         self.begun.add(name)  # if it fails, a part of it must not stay
         qdrant = self.target.qdrant
-        create_default(qdrant, name, self.table.size)
+        create_like(qdrant, name, AUTOMEM_INFO, self.table.size)
         if name != self.target.collection:
             own = collections.indexing_threshold(get_state(qdrant, name).raw)
             collections.set_indexing_threshold(qdrant, name, own * _NO_INDEX)
@@ -164,7 +164,7 @@ class PointsPlan(RestorePlan):
                 requested.append(rows)
                 yield rows[0]
 
-        pages = retrieve_pages(self.target.qdrant, self.trial, ids(), payload=True, vector=True)
+        pages = retrieve_pages(self.target.qdrant, self.trial, ids(), vector=True)
         wrong = [one for page in pages for one in _different(page, requested.popleft())]
         if wrong:
             raise BackupDamaged(
