@@ -161,16 +161,11 @@ class EmbeddingCache(CacheFile):
                 derived[sources[source]] = _cut(blob, spec.size)
         return list(derived.items())
 
-    def derive_missing(self, spec: EmbeddingSpec) -> int:
-        """Derive and store the plan's missing vectors, as far as the cache has larger ones; returns how many."""
-        if not self._larger_specs(spec):
-            return 0
-        count = 0
-        for texts in chunks(row.text for row in self.missing_texts(spec)):
-            derived = self.derive(spec, texts)
-            self.put_vectors(derived)
-            count += len(derived)
-        return count
+    def derive_missing(self, spec: EmbeddingSpec) -> None:
+        """Derive and store the plan's missing vectors, as far as the cache has larger ones."""
+        if self._larger_specs(spec):
+            for texts in chunks(row.text for row in self.missing_texts(spec)):
+                self.put_vectors(self.derive(spec, texts))
 
     def _larger_specs(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
         """The specs that vectors of `spec` can be cut from, the nearest size first."""
