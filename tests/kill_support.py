@@ -44,7 +44,7 @@ HOOKS = {
     "old graph compared": "lib.restore.run.only_restored",
     "old graph dropped": "lib.restore.graph.command",
     "AutoMem's graph read": "lib.restore.automem_backup.read_graph",
-    "AutoMem's graph loaded": "lib.restore.automem_backup.dump_graph",
+    "AutoMem's graph loaded": "lib.restore.automem_backup.read_loaded",
     "AutoMem's points read": "lib.restore.automem_backup.read_points",
     "trial's collection created": "lib.restore.automem_backup.create_like",
     "spot check's collection made": "lib.reembed.quality.create_like",
