@@ -171,7 +171,7 @@ class EmbeddingTotals:
         try:
             yield progress
         finally:
-            if (latest.requests, latest.embedded) != (added.requests, added.embedded):
+            if (latest.requests, latest.embedded, latest.tokens) != (added.requests, added.embedded, added.tokens):
                 add()
             self.sums.discarded += latest.discarded if stored else latest.tokens
             self.save()
