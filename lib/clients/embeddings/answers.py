@@ -15,7 +15,7 @@ import orjson
 import pybase64
 
 from lib.clients.embeddings.rate_limits import RateLimited, rate_limits, retry_after
-from lib.dimensions import OLLAMA, SETTING_NAMES, VOYAGE, EmbeddingSpec, has_unit_vectors
+from lib.dimensions import OLLAMA, SETTING_NAMES, VOYAGE, EmbeddingSpec, facts_of
 from lib.errors import ProviderRefused, UsageProblem
 
 # 429s and 403s with these codes never pass by waiting (https://platform.openai.com/docs/guides/error-codes).
@@ -198,7 +198,7 @@ def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
     off = np.abs(norms - 1) > NORM_TOLERANCE
     if not off.any():
         return vectors
-    if has_unit_vectors(spec.model) or (norms < 1e-6).any():
+    if facts_of(spec.model).unit or (norms < 1e-6).any():
         raise BadAnswer(f"a vector of length {norms[off][0]:.3g} instead of 1")
     return np.asarray(vectors / norms[:, None], dtype=np.float32)
 
