@@ -144,13 +144,10 @@ def _snapshot(raw: dict[str, Any]) -> Snapshot:
     return Snapshot(str(raw["name"]), int(raw["size"]), valid, str(raw.get("creation_time") or ""))
 
 
-def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
-    """Delete a snapshot file. Returns False if it, or the collection, does not exist."""
-    try:
+def delete(q: Qdrant, collection: str, snapshot: str) -> None:
+    """Delete a snapshot file, if it and the collection exist."""
+    with contextlib.suppress(NotFound):
         q.json("DELETE", collection_path(collection, "snapshots", snapshot), params=_WAIT, retry=True)
-    except NotFound:
-        return False
-    return True
 
 
 def download(
