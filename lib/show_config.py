@@ -8,15 +8,7 @@ from urllib.parse import urlsplit
 from lib import dimensions
 from lib.config import SECRETS, Config, masked, same_value
 from lib.console import Console, hold, table
-from lib.dimensions import (
-    OPENAI,
-    UNKNOWN_MODEL,
-    EmbeddingSpec,
-    is_plain,
-    model_settings,
-    provider_problem,
-    reason_shown,
-)
+from lib.dimensions import OPENAI, UNKNOWN_MODEL, EmbeddingSpec, is_plain, model_settings, provider_problem
 from lib.env_files import DEFAULT, Setting
 from lib.errors import DONE, MigrationError, listed
 from lib.journal import Journal, open_journals, unfinished
@@ -67,7 +59,7 @@ def show_config(config: Config, console: Console) -> int:
     rows = [(name, origin, value, _hides(name, config.settings[name])) for name, value, origin in config.rows()]
     for text in config.warnings:
         console.warn(text)
-    spec, reason = config.spec, reason_shown(config.settings, config.spec)
+    spec, reason = config.spec, dimensions.reason_shown(config.settings, config.spec)
     problem = provider_problem(config.settings, spec)
     embedding = {"provider": spec.provider, "model": spec.model, "size": spec.size}
     embedding |= {"endpoint": dimensions.public_url(spec.base_url), "why": reason, "problem": str(problem or "")}
