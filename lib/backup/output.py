@@ -25,7 +25,7 @@ from lib.errors import (
     listed,
     one_line,
 )
-from lib.files import atomic_writer
+from lib.files import atomic_writer, free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,6 @@ def show_sources(
     """Show what a backup would hold (--dry-run)."""
     from lib.clients.falkordb.queries import counts
     from lib.clients.qdrant.collection import get_state
-    from lib.files import free_bytes
 
     rows: dict[str, str] = {}
     if graph:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
@@ -17,9 +17,6 @@ from lib.dimensions import EmbeddingSpec
 from lib.errors import GuardRefused, MigrationError
 from lib.files import UsedFile, free_bytes, private_dir, private_file, sync_dir
 from lib.journal import open_journals
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # "AMSP" in the header of the file distinguishes a cache from any other SQLite file.
 APPLICATION_ID = 0x414D5350
@@ -217,9 +214,6 @@ class CacheFile:
         """Fold the log into the file and close it."""
         self.db.close()
         self.used_vectors.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -114,11 +114,9 @@ def retrieve(
     return [point for page in _by_ids(q, name, ids, payload=payload, vector=vector) for point in _points(page)]
 
 
-def retrieve_pages(
-    q: Qdrant, name: str, pages: Iterable[Sequence[PointId]], *, payload: bool | list[str] = False, vector: bool = False
-) -> Iterator[list[Point]]:
-    """Yield the points of each page of ids like `retrieve`. The next pages are requested while one is used."""
-    post = partial(_post_page, q, name, payload=payload, vector=vector)
+def retrieve_pages(q: Qdrant, name: str, pages: Iterable[Sequence[PointId]], *, vector: bool) -> Iterator[list[Point]]:
+    """Yield the points of each page of ids with their payloads. The next pages are requested while one is used."""
+    post = partial(_post_page, q, name, payload=True, vector=vector)
     # Decoded here, one after the other: the numbers of a page take five times the memory of its JSON.
     for responses in bounded_map(post, pages, PAGES_AT_ONCE):
         yield [point for one in responses for point in (vector and _plain_points(one)) or _points(q.result(one))]
@@ -128,8 +126,9 @@ def _post_page(
     q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
 ) -> list[requests.Response]:
     """The answers that hold these points: of smaller requests, if one for all is larger than a rate limit."""
+    body = {"ids": list(ids), "with_payload": payload, "with_vector": vector}
     try:
-        return [_post_ids(q, name, ids, payload=payload, vector=vector)]
+        return [q.send("POST", collection_path(name, "points"), body, retry=True)]
     except QdrantError as error:
         if len(ids) == 1 or not _is_too_large(error):
             raise
@@ -157,13 +156,6 @@ def _by_ids(
     for start in range(0, len(ids), size):
         for response in _post_page(q, name, ids[start : start + size], payload=payload, vector=vector):
             yield q.result(response)
-
-
-def _post_ids(
-    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
-) -> requests.Response:
-    body = {"ids": list(ids), "with_payload": payload, "with_vector": vector}
-    return q.send("POST", collection_path(name, "points"), body, retry=True)
 
 
 def count(q: Qdrant, name: str) -> int:
