@@ -12,10 +12,10 @@ from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.backup.run import clean_up_backup
 from lib.clients.embeddings.cache import EmbeddingCache
-from lib.clients.qdrant.collection import get_state, health
+from lib.clients.qdrant.collection import CollectionState, exists, get_state, health
 from lib.clients.qdrant.transport import Qdrant
 from lib.console import Console
-from lib.errors import DONE, GuardRefused
+from lib.errors import DONE, GuardRefused, MigrationError
 from lib.files import require_own
 from lib.journal import Journal, names_in, open_journals
 from lib.restore import collection as collections
@@ -62,7 +62,7 @@ def abort_restore(graph: GraphSource, collection: CollectionSource, folder: Path
     qdrant, name, done = collection.qdrant, collection.collection, Aborted()
     journals = open_journals(folder, targets, RESTORE)
     for journal in journals:
-        if collections.is_absent(journal) and not (health(qdrant, name) == "live" and get_state(qdrant, name).points):
+        if collections.is_absent(journal) and not ((state := _state(qdrant, name)) and state.points):
             raise _refused(name, journal, "the same restore again")
     for journal in journals:
         aliases = collections.aliases_taken_off(journal)
@@ -84,20 +84,29 @@ def abort_restore(graph: GraphSource, collection: CollectionSource, folder: Path
 
 
 def _live(qdrant: Qdrant, name: str) -> str:
-    if health(qdrant, name) != "live":
-        return f"there is no collection '{name}'"
-    state = get_state(qdrant, name)
+    """The collection as it is now. The runs are given up already, so an error is part of what is reported."""
+    try:
+        if not exists(qdrant, name):
+            return f"there is no collection '{name}'"
+        state = get_state(qdrant, name)
+    except MigrationError as error:
+        return f"collection '{name}', which cannot be read now: {error}"
     return f"collection '{name}' as it is now: {state.points:,} points of {state.size}d"
+
+
+def _state(qdrant: Qdrant, name: str) -> CollectionState | None:
+    """The collection's state; None if there is none that can be used. Raises QdrantError if that is not known now."""
+    return get_state(qdrant, name) if health(qdrant, name) in {"live", "unavailable"} else None
 
 
 def _require_new_collection(qdrant: Qdrant, name: str, journal: Journal) -> None:
     """Raise GuardRefused if the run deleted the collection, and no collection of at least its size has replaced it."""
     if not journal.has_reached(phases.DELETING):
         return
-    if health(qdrant, name) == "live":
+    if state := _state(qdrant, name):
         if journal.has_reached(phases.STAGED_RESTORED, phases.VERIFIED):
             return
-        before, state = journal.fact("settings") or {}, get_state(qdrant, name)
+        before = journal.fact("settings") or {}
         size = before.get("config", {}).get("params", {}).get("vectors", {}).get("size")
         if state.points and state.size == size and state.points >= (before.get("points_count") or 0):
             return

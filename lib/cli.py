@@ -19,7 +19,17 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from lib.console import command_line, pasteable, remember_flags, show_held
-from lib.errors import INTERRUPTED, USAGE, DimensionMismatch, MigrationError, UsageProblem, escaped, is_utf8, one_line
+from lib.errors import (
+    INTERRUPTED,
+    USAGE,
+    DimensionMismatch,
+    MigrationError,
+    UsageProblem,
+    escaped,
+    is_utf8,
+    not_utf8,
+    one_line,
+)
 from lib.network import without_logins
 
 EXIT_CODES = """\
@@ -37,6 +47,7 @@ INSTALL = (
 )
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _OBJECTS = 100_000  # new ones before Python looks for cycles: rows and points are many lists, and have none
+_NO_TEMPORARY = "No usable temporary directory"  # the words of Python's tempfile, which tries to write into several
 _CLEANING_UP = b"\ncleaning up, a few seconds; a third Ctrl-C ends it at once, and the next run cleans up\n"
 
 
@@ -77,7 +88,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{before if before.startswith('-') else 'an argument'} is empty: is a variable unset?")
             if re.search("[\x00-\x1f\x7f]", word) or not is_utf8(word):
                 # As the name of a file it would be repeated in messages, where it could forge a line, and in journals.
-                what = "a control character" if is_utf8(word) else "bytes that are not UTF-8"
+                what = "a control character" if is_utf8(word) else f"bytes that are {not_utf8()}"
                 self.error(f"an argument has {what}: {one_line(word)!r}")
             if word.startswith("-") and equals and not value.strip():
                 self.error(f"{flag} is empty: is a variable unset?")
@@ -191,6 +202,28 @@ def _report(error: MigrationError, *, as_json: bool) -> None:
             print("\nnext:\n  " + escaped(step).replace("\n", "\n  "), file=sys.stderr)
 
 
+def _machine_error(error: OSError | UnicodeEncodeError) -> MigrationError | None:
+    """Return the error for what this machine refuses, or None if it is a bug or a lost reader."""
+    from lib.files import FULL_DISK
+
+    if isinstance(error, UnicodeEncodeError):
+        if sys.getfilesystemencoding() == "utf-8":
+            return None
+        return UsageProblem(f"a name is {not_utf8()}: {error.object}", next_step="export PYTHONUTF8=1")
+    where = str(error.filename or "the backup folder or the folder for temporary files")
+    if error.errno in FULL_DISK:
+        return MigrationError(f"no room left for {where}: {error.strerror}", next_step="free some room:\ndf -h")
+    if str(error.strerror).startswith(_NO_TEMPORARY):
+        text = f"no room left for temporary files, or they cannot be written: {error.strerror}"
+        step = "free some room:\ndf -h\nor name a folder on another disk:\nexport TMPDIR=..."
+        return MigrationError(text, next_step=step)
+    if error.filename is None or isinstance(error, ConnectionError):
+        return None
+    # An unfinished file is removed already.
+    shown = Path(where) if os.path.lexists(where) else Path(where).parent
+    return MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(str(shown))}")
+
+
 def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
     try:
         return command()
@@ -207,18 +240,10 @@ def _boundary(command: Callable[[], int], *, as_json: bool) -> int:
         if package in {"", "lib"}:
             raise
         known = UsageProblem(f"the Python package '{package}' is not installed here", next_step=INSTALL)
-    except OSError as error:
-        from lib.files import FULL_DISK
-
-        where = str(error.filename or "the backup folder or the folder for temporary files")
-        if error.errno in FULL_DISK:
-            known = MigrationError(f"no room left for {where}: {error.strerror}", next_step="free some room:\ndf -h")
-        elif error.filename is None or isinstance(error, ConnectionError):
+    except (OSError, UnicodeEncodeError) as error:
+        if (of_machine := _machine_error(error)) is None:
             raise  # a bug, or a lost reader
-        else:
-            # An unfinished file is removed already.
-            shown = Path(where) if os.path.lexists(where) else Path(where).parent
-            known = MigrationError(f"{where}: {error.strerror}", next_step=f"ls -ld {shlex.quote(str(shown))}")
+        known = of_machine
     _report(known, as_json=as_json)
     with contextlib.suppress(OSError):
         show_held()

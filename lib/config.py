@@ -19,7 +19,7 @@ from lib.backup.age import CopyKeys
 from lib.backup.catalog import Deployment
 from lib.dimensions import AUTO, LOCAL, OLLAMA, OPENAI, PROVIDER, SETTING_NAMES, VOYAGE, EmbeddingChoice, EmbeddingSpec
 from lib.env_files import DEFAULT, Setting, read_settings
-from lib.errors import ConfigError, UsageProblem, is_utf8
+from lib.errors import ConfigError, UsageProblem, is_utf8, not_utf8
 from lib.network import canonical_host, is_private, without_login
 
 SECRETS = {"FALKORDB_PASSWORD", "QDRANT_API_KEY", "OPENAI_API_KEY", "VOYAGE_API_KEY", "AUTOMEM_API_TOKEN"}
@@ -357,7 +357,7 @@ def load_config(
     reader = Reader(settings, faults)
     for name, one in settings.items():
         if not is_utf8(one.value):
-            reader.fault(name, "is not UTF-8")
+            reader.fault(name, f"is {not_utf8()}")
     values = {one.name: one.metadata["read"](reader, one.metadata["name"]) for one in _SETTINGS}
     config = Config(**values, settings=settings)
     faults += _proxies(environ)

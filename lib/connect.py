@@ -17,7 +17,7 @@ from lib.backup.catalog import CACHE_DIR
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource
 from lib.clients.automem import AutoMemApi
-from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, save_failure
+from lib.clients.falkordb.connection import GraphAddress, connect, list_graphs, require_graph, save_failure
 from lib.clients.falkordb.scratch import MODULE_VARIABLE, SERVER_VARIABLE, Engine, installed_engines
 from lib.clients.qdrant.collection import get_state, refuse_alias, require_plain_vectors
 from lib.clients.qdrant.transport import Qdrant
@@ -101,10 +101,8 @@ def open_stores(config: Config, console: Console, *, repair: bool) -> tuple[Grap
 
     Raises StoreUnreachable, StoreFailed, AccessRefused, MissingData, UsageProblem, DimensionMismatch.
     """
-    from lib.backup.run import require_sources
-
     graph, source = open_graph(config, console.warn), open_collection(config)
-    require_sources(graph, source if repair else None)
+    require_graph(graph.conn, graph.graph)
     if repair:
         now = get_state(source.qdrant, config.collection)
         require_plain_vectors(now)

@@ -37,7 +37,7 @@ SETTING_NAMES = {
 }
 
 
-class _Model(NamedTuple):
+class ModelFacts(NamedTuple):
     """`native`: the size of an answer to a request that names none. `unit`: documented to be vectors of length 1.
 
     `sizes` are the others that the model is trained for: a larger vector of it, cut to one of them and scaled to
@@ -51,15 +51,15 @@ class _Model(NamedTuple):
 
 # https://platform.openai.com/docs/guides/embeddings, https://docs.voyageai.com/docs/embeddings. Ollama's
 # nomic-embed-text and the local models make one size: AutoMem asks them for none.
-_VOYAGE = _Model(1024, (256, 512, 2048))
+_VOYAGE = ModelFacts(1024, (256, 512, 2048))
 _MODELS = {
-    "text-embedding-3-small": _Model(1536, range(1, 1536)),
-    "text-embedding-3-large": _Model(3072, range(1, 3072)),
-    "text-embedding-ada-002": _Model(1536),
+    "text-embedding-3-small": ModelFacts(1536, range(1, 1536)),
+    "text-embedding-3-large": ModelFacts(3072, range(1, 3072)),
+    "text-embedding-ada-002": ModelFacts(1536),
     **dict.fromkeys(("voyage-4-large", "voyage-4", "voyage-4-lite", "voyage-3-large"), _VOYAGE),
     **dict.fromkeys(("voyage-3.5", "voyage-3.5-lite", "voyage-code-3"), _VOYAGE),
-    "nomic-embed-text": _Model(768, unit=False),
-    **{model: _Model(size, unit=False) for size, model in LOCAL_MODELS.items()},
+    "nomic-embed-text": ModelFacts(768, unit=False),
+    **{model: ModelFacts(size, unit=False) for size, model in LOCAL_MODELS.items()},
 }
 
 
@@ -103,18 +103,14 @@ def is_model_of(record: Mapping[str, Any], spec: EmbeddingSpec) -> bool:
     return same_model(record.get("model"), spec.model) and provider_of(record) == spec.provider
 
 
-def _known(model: str) -> _Model:
-    return _MODELS.get(bare_model(model), _Model(None, unit=False))
-
-
-def native_size(model: str) -> int | None:
-    """Return the size of the model's vectors if a request names none, or None for an unknown model."""
-    return _known(model).native
+def facts_of(model: str) -> ModelFacts:
+    """Return what is known of the model; of an unknown one `native` is None."""
+    return _MODELS.get(bare_model(model), ModelFacts(None, unit=False))
 
 
 def similar_model(model: str) -> str:
     """Return ` (did you mean ...?)` if an unknown model's name resembles a known one's, else an empty text."""
-    return did_you_mean(model.rpartition("/")[2], _MODELS) if native_size(model) is None else ""
+    return did_you_mean(model.rpartition("/")[2], _MODELS) if facts_of(model).native is None else ""
 
 
 def takes_dimensions(model: str) -> bool:
@@ -122,19 +118,9 @@ def takes_dimensions(model: str) -> bool:
     return bare_model(model).startswith("text-embedding-3-")
 
 
-def can_be_cut(model: str) -> bool:
-    """Whether vectors of this model's smaller sizes are larger ones cut and scaled to length 1."""
-    return bool(_known(model).sizes)
-
-
-def has_unit_vectors(model: str) -> bool:
-    """Whether the model's provider documents vectors of length 1."""
-    return _known(model).unit
-
-
 def model_fault(model: str, size: int, provider: str = OPENAI) -> str | None:
     """Return why `model` cannot make vectors of `size`, or None. An unknown model is checked by its first answer."""
-    native, others, _ = _known(model)
+    native, others, _ = facts_of(model)
     if native is None or size == native or size in others:
         return None
     every = "d, ".join(map(str, sorted([*others, native])))
@@ -148,7 +134,7 @@ def check_model(model: str, size: int, provider: str = OPENAI) -> None:
     fault = model_fault(model, size, provider)
     if fault is None:
         return
-    native, others, _ = _known(model)
+    native, others, _ = facts_of(model)
     sizes = LOCAL_MODELS if provider == LOCAL else [native or size, *others]
     step = f"export VECTOR_SIZE={min(sizes, key=lambda one: (abs(one - size), one))}"
     if provider == OPENAI:
@@ -273,8 +259,8 @@ def provider_problem(settings: Mapping[str, Setting], spec: EmbeddingSpec) -> Us
         return UsageProblem(fault, next_step=step)
     fault = native_size_fault(spec)
     if fault and not is_this_machine(spec.base_url):  # which may be a proxy that shortens the vectors
-        step = f"export VECTOR_SIZE={native_size(spec.model)}\nor:\nexport OPENAI_BASE_URL=https://{_OPENAI_HOST}/v1"
-        return UsageProblem(fault, next_step=step)
+        size, url = facts_of(spec.model).native, f"https://{_OPENAI_HOST}/v1"
+        return UsageProblem(fault, next_step=f"export VECTOR_SIZE={size}\nor:\nexport OPENAI_BASE_URL={url}")
     return None
 
 
@@ -327,7 +313,7 @@ def _named(choice: EmbeddingChoice) -> str:
 
 def native_size_fault(spec: EmbeddingSpec) -> str:
     """Return why AutoMem would get vectors of another size from a gateway than from OpenAI's own endpoint, or ""."""
-    native = native_size(spec.model)
+    native = facts_of(spec.model).native
     shortened = native is not None and spec.size < native and takes_dimensions(spec.model)
     if spec.provider != OPENAI or not shortened or _OPENAI_HOST in spec.base_url:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 DONE, FAILED, USAGE = 0, 1, 2
@@ -120,6 +121,14 @@ def escaped(text: str) -> str:
 def is_utf8(text: str) -> bool:
     """Whether an argument or a setting was UTF-8; Python holds any other byte of it as a surrogate."""
     return not re.search("[\ud800-\udfff]", text)
+
+
+def not_utf8() -> str:
+    """Why a text is not `is_utf8`: because of its bytes, or of the locale, by whose encoding Python reads them."""
+    encoding = sys.getfilesystemencoding()
+    if encoding == "utf-8":
+        return "not UTF-8"
+    return f"not {encoding}, the encoding of this locale; `export PYTHONUTF8=1` makes that UTF-8"
 
 
 def one_line(text: str) -> str:

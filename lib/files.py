@@ -8,10 +8,12 @@ import hashlib
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shlex import quote
+from types import ModuleType
 from typing import IO
 
 from lib.errors import LockHeld, MigrationError, UsageProblem, one_line
@@ -288,6 +290,13 @@ def _open_lock_file(path: Path) -> IO[bytes]:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise _bad_lock_file(path, "it is not a regular file") from None
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise
+        raise UsageProblem(
+            f"no lock can be made in {path.parent}: {error.strerror}. The runs on a machine hold locks there",
+            next_step=f"make {path.parent} writable; if a container's file system is read-only, mount a tmpfs there",
+        ) from error
     return os.fdopen(descriptor, "rb")
 
 
@@ -297,10 +306,22 @@ def _bad_lock_file(path: Path, why: str) -> UsageProblem:
     return UsageProblem(f"{path} cannot be locked ({why}): these scripts did not make it", next_step=step)
 
 
+def _portalocker() -> ModuleType:
+    """Import portalocker. It asks for the folder of temporary files: a full disk has none, and no lock needs it."""
+    try:
+        import portalocker
+    except FileNotFoundError:
+        tempfile.tempdir = "/tmp"  # noqa: S108 - nothing is written there
+        try:
+            import portalocker
+        finally:
+            tempfile.tempdir = None
+    return portalocker
+
+
 def _lock(stream: IO[bytes], path: Path, *, alone: bool = True) -> None:
     """Lock the file `path`. Raises portalocker's AlreadyLocked, and UsageProblem if its file system has no locks."""
-    import portalocker
-
+    portalocker = _portalocker()
     kind = portalocker.LOCK_EX if alone else portalocker.LOCK_SH
     try:
         portalocker.lock(stream, kind | portalocker.LOCK_NB)
@@ -353,8 +374,7 @@ def lock_targets(
     do not exclude each other. `holder` (command, process, start) is reported to a run that finds the lock held.
     `wait` makes this one wait instead of raising LockHeld; it is called once, with a message.
     """
-    import portalocker
-
+    portalocker = _portalocker()
     folder.mkdir(parents=True, exist_ok=True)
     _require_lock_folder(folder)
     with contextlib.ExitStack() as held:
@@ -373,8 +393,9 @@ def lock_targets(
                     wait(f"{message}: waiting until it has ended")
                 waiting = True
                 time.sleep(_LOCK_POLL_SECONDS)
-            os.ftruncate(stream.fileno(), 0)
-            os.pwrite(stream.fileno(), holder.encode(), 0)
+            with contextlib.suppress(OSError):  # the disk is full: --cleanup and --prune-spool must work nevertheless
+                os.ftruncate(stream.fileno(), 0)
+                os.pwrite(stream.fileno(), holder.encode(), 0)
         yield
 
 
@@ -404,11 +425,9 @@ class UsedFile:
             self._lock(alone=False)
 
     def _lock(self, *, alone: bool) -> None:
-        import portalocker
-
         try:
             _lock(self._stream, self._path, alone=alone)
-        except portalocker.AlreadyLocked as error:
+        except _portalocker().AlreadyLocked as error:
             raise LockHeld(f"another run uses {self._path.with_suffix('')} right now") from error
 
     def close(self) -> None:

@@ -36,30 +36,15 @@ _PATTERNS = {
 _ENDING = r"__(?:next|(?:check|try|pre)_[0-9a-f_]+)"
 
 
-class _Entry(msgspec.Struct):
-    """The fields of an entry that every version writes, or that name something to remove or to read.
-
-    No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
-    """
-
-    at: datetime
-    phase: str
-    undo: str | None = None
-    collection: str | None = None
-    staged_collection: str | None = None
-    side: str | None = None
-    temporary_collection: str | None = None
-    throwaway_graph: str | None = None
-    safety_graph: str | None = None
-    manifest: str | None = None
-    snapshot: str | None = None
-    stamp: str | dict[str, Any] | None = None  # of a set, or the model and size in a collection
-
-
-class _FirstEntry(_Entry, kw_only=True):
-    run_id: str
-    command: str
-    targets: list[str]
+# The fields of an entry that every version writes, or that name something to remove or to read, with their types.
+# No msgspec.Meta: it crashes the interpreter at exit (https://github.com/msgspec/msgspec/issues/717).
+_NAMES = ("undo", "collection", "manifest", "snapshot", *_TEMPORARY)
+_FIELDS: list[Any] = [("at", datetime), ("phase", str), *((name, str | None, None) for name in _NAMES)]
+_STAMP = ("stamp", str | dict[str, Any] | None, None)  # of a set, or the model and size in a collection
+_Entry = msgspec.defstruct("_Entry", [*_FIELDS, _STAMP])
+_FirstEntry = msgspec.defstruct(
+    "_FirstEntry", [("run_id", str), ("command", str), ("targets", list[str])], bases=(_Entry,), kw_only=True
+)
 
 
 @dataclass
@@ -196,7 +181,7 @@ def _faults(journal: Journal) -> Iterator[str]:
     """Yield what no run can have written: a field of another type, or a name that another program gave."""
     for entry in journal.entries:
         try:
-            typed = msgspec.convert(entry, _FirstEntry if entry is journal.entries[0] else _Entry)
+            typed: Any = msgspec.convert(entry, _FirstEntry if entry is journal.entries[0] else _Entry)
         except msgspec.ValidationError as error:
             yield f"an entry is not valid: {error}"
             return

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from shlex import quote
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from lib.config import SECRETS, masked, same_value
+from lib import dimensions
+from lib.config import SECRETS, Config, masked, same_value
 from lib.console import Console, hold, table
-from lib.dimensions import OPENAI, UNKNOWN_MODEL, is_plain, model_settings, provider_problem, public_url, reason_shown
-from lib.env_files import DEFAULT
+from lib.dimensions import OPENAI, UNKNOWN_MODEL, EmbeddingSpec, is_plain, model_settings, provider_problem
+from lib.env_files import DEFAULT, Setting
 from lib.errors import DONE, MigrationError, listed
-
-if TYPE_CHECKING:
-    from lib.config import Config
-    from lib.dimensions import EmbeddingSpec
-    from lib.env_files import Setting
-    from lib.journal import Journal
+from lib.journal import Journal, open_journals, unfinished
 
 _WHICH_MODEL = (
     "  # and EMBEDDING_MODEL to the model of these vectors, which the backup does not record: with another one"
@@ -40,7 +35,7 @@ def restart_lines(provider: str, *, named: bool) -> str:
 
 def chosen(spec: EmbeddingSpec, reason: str) -> str:
     """Return the model, its size, its endpoint and why AutoMem uses it, as one line."""
-    endpoint = public_url(spec.base_url)
+    endpoint = dimensions.public_url(spec.base_url)
     where = urlsplit(endpoint).netloc or endpoint
     return f"{spec.model} at {spec.size}d from {where}{', ' if reason else ''}{reason}"
 
@@ -48,7 +43,6 @@ def chosen(spec: EmbeddingSpec, reason: str) -> str:
 def require_provider(config: Config, console: Console) -> None:
     """Raise `provider_problem`; only warn if an unfinished run has deleted the collection: it must be completed."""
     from lib.backup.phases import COMMAND, DELETING
-    from lib.journal import open_journals
 
     problem = provider_problem(config.settings, config.spec)
     if problem is None:
@@ -65,10 +59,10 @@ def show_config(config: Config, console: Console) -> int:
     rows = [(name, origin, value, _hides(name, config.settings[name])) for name, value, origin in config.rows()]
     for text in config.warnings:
         console.warn(text)
-    spec, reason = config.spec, reason_shown(config.settings, config.spec)
+    spec, reason = config.spec, dimensions.reason_shown(config.settings, config.spec)
     problem = provider_problem(config.settings, spec)
     embedding = {"provider": spec.provider, "model": spec.model, "size": spec.size}
-    embedding |= {"endpoint": public_url(spec.base_url), "why": reason, "problem": str(problem or "")}
+    embedding |= {"endpoint": dimensions.public_url(spec.base_url), "why": reason, "problem": str(problem or "")}
     settings = {
         name: {"value": value, "from": origin, **({"hides": other} if other else {})}
         for name, origin, value, other in rows
@@ -122,7 +116,6 @@ def announce(config: Config, console: Console, *, runs: bool = True) -> None:
     When quiet, only a run is printed that may have left a store without its collection: the errors would mislead.
     """
     from lib.backup.phases import DELETING
-    from lib.journal import unfinished
 
     for name, value, origin in config.rows():
         if origin != DEFAULT:

@@ -64,7 +64,7 @@ def command(args: argparse.Namespace) -> int:
 
 def tour(folder: Path, memories: int) -> int:
     """Run the guide and print a table of what was checked."""
-    from lib.console import table
+    from lib.console import pasteable, table
     from tests.sandbox.stack import Stack
     from tests.sandbox.tour import SMALL, Tour, walk
 
@@ -78,7 +78,7 @@ def tour(folder: Path, memories: int) -> int:
         walk(guide)
     print("\n" + table(guide.checked, ("checked", "figures")))
     print(f"\nthe whole guide, {memories:,} memories, in {time.monotonic() - began:.0f} s")
-    print("next: type it yourself in a sandbox that stays:  python scripts/quickstart.py serve")
+    print(pasteable("next: type it yourself in a sandbox that stays:  python scripts/quickstart.py serve"))
     print("      or follow MIGRATION.md with your own data")
     return 0
 

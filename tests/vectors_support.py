@@ -36,7 +36,7 @@ def own_server(version: str, folder: Path, api_key: str = "") -> Iterator[Qdrant
 
 
 def create_small(q: Qdrant, name: str, size: int, **more: object) -> None:
-    """Like `create_default`, with a small WAL and one more index."""
+    """As AutoMem creates it, with a small WAL and one more index."""
     body = {"vectors": {"size": size, "distance": "Cosine"}, "wal_config": {"wal_capacity_mb": 1}, **more}
     q.json("PUT", collection.collection_path(name), body)
     recreate.put_indexes(q, name, {"tags": {"data_type": "keyword"}, "importance": {"data_type": "float"}})

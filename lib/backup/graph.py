@@ -46,7 +46,6 @@ class GraphVerification:
 
     level: str
     note: str
-    rdb: RdbFacts
     counts: GraphCounts | None = None
     schema: GraphSchema | None = None
     digest: GraphDigest | None = None
@@ -88,7 +87,7 @@ def verify_graph(
         why_not = f"{error}; {' '.join(error.next_step.splitlines())}"
     except ScratchFailed as error:
         why_not = str(error)
-    return GraphVerification(manifests.CHECKED, f"not loaded: {why_not}", facts)
+    return GraphVerification(manifests.CHECKED, f"not loaded: {why_not}")
 
 
 def inspect_backup(path: Path, file: BackupFile | None) -> RdbFacts:
@@ -158,20 +157,19 @@ def loaded_graph(
                 f"{path} does not hold the graph '{graph}' (FALKORDB_GRAPH); it holds: {listed(held) or 'none'}",
                 next_step="set FALKORDB_GRAPH to the graph that is to be restored, or name another file",
             )
-        found = read_loaded(scratch, graph, engine, facts, digest=digest)
+        found = read_loaded(scratch, graph, engine, digest=digest)
         if component:
             compare_graph(path, component, found)
         yield found, scratch
 
 
-def read_loaded(scratch: Scratch, name: str, engine: Engine, facts: RdbFacts, *, digest: str = "") -> GraphVerification:
+def read_loaded(scratch: Scratch, name: str, engine: Engine, *, digest: str = "") -> GraphVerification:
     """Count the graph that a scratch server holds, read its definitions, and compute its digest unless it is known."""
     seen, definitions = counts(scratch.conn, name), schema(scratch.conn, name)
     known = GraphDigest(digest, seen.nodes, seen.relationships) if digest else None
     whole = known or graph_digest(scratch.conn, name)
-    return GraphVerification(
-        manifests.RESTORED, f"loaded by FalkorDB {engine.falkordb_version}", facts, seen, definitions, whole
-    )
+    note = f"loaded by FalkorDB {engine.falkordb_version}"
+    return GraphVerification(manifests.RESTORED, note, seen, definitions, whole)
 
 
 @dataclass(frozen=True)

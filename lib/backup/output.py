@@ -25,7 +25,7 @@ from lib.errors import (
     listed,
     one_line,
 )
-from lib.files import atomic_writer
+from lib.files import atomic_writer, free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +42,7 @@ _REMARKS = {
     manifests.COLLECTION_ONLY: "  collection only",
     manifests.SAFETY_COPY: "  safety copy: a restore took it of what it replaced",
 }
-_SAME_DISK = "; that is the disk of the backup folder: is the other one mounted? A lost disk takes both"
+_SAME_DISK = "the copies at {} are on the disk of the backup folder: is the other one mounted? A lost disk takes both"
 
 
 def show_sources(
@@ -51,7 +51,6 @@ def show_sources(
     """Show what a backup would hold (--dry-run)."""
     from lib.clients.falkordb.queries import counts
     from lib.clients.qdrant.collection import get_state
-    from lib.files import free_bytes
 
     rows: dict[str, str] = {}
     if graph:
@@ -89,6 +88,7 @@ def show_backup(manifest: Manifest, console: Console, uploaded: Uploaded | None 
         document["uploaded"] = asdict(uploaded)
         lines.append(_upload_line(uploaded))
     console.result(document, "\n".join(lines))
+    _warn_same_disk([uploaded] if uploaded else [], console)
     for component in manifest.components:
         if component.proof == manifests.CHECKED:
             console.warn(f"{component.file.name} is CHECKED only, it was not loaded: {one_line(component.proof_note)}")
@@ -178,7 +178,14 @@ def show_verifications(files: list[FileVerification], uploaded: list[Uploaded] |
         lines += ["", f"{damaged} of {len(files)} files cannot be restored. Take a new backup:"]
         lines.append("  python scripts/backup_automem.py")
     console.result(document, "\n".join(lines))
+    _warn_same_disk(uploaded or [], console)
     return VERIFICATION_FAILED if damaged else DONE
+
+
+def _warn_same_disk(uploaded: list[Uploaded], console: Console) -> None:
+    """Warn of copies that are lost with the sets. Cron shows warnings, and no result."""
+    for url in sorted({one.url for one in uploaded if one.same_disk}):
+        console.warn(_SAME_DISK.format(url))
 
 
 def _upload_line(one: Uploaded) -> str:
@@ -186,7 +193,7 @@ def _upload_line(one: Uploaded) -> str:
     how = ", encrypted" if one.encrypted else ""
     return (
         f"uploaded: {one.manifest} is complete at {one.url}{how} ({one.sent} files sent and read back, "
-        f"{size_text(one.sent_bytes)}{existing}){_SAME_DISK if one.same_disk else ''}"
+        f"{size_text(one.sent_bytes)}{existing})"
     )
 
 

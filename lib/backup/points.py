@@ -412,11 +412,8 @@ class TemporaryIdTable(contextlib.AbstractContextManager["TemporaryIdTable"]):
 
     def ids(self, size: int = _PAGE) -> Iterator[list[PointId]]:
         """Yield all ids, in pages of `size`, ordered as text."""
-        last = ""
-        while True:
-            page = self._db.execute("SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", (last, size)).fetchall()
-            if not page:
-                return
+        sql, last = "SELECT id FROM points WHERE id > ? ORDER BY id LIMIT ?", ""
+        while page := self._db.execute(sql, (last, size)).fetchall():
             last = page[-1][0]
             yield [as_id(text) for (text,) in page]
 
@@ -438,7 +435,7 @@ def all_points(qdrant: Qdrant, collection: str, *, page: int = PAGE, vector: boo
         yield from read_ahead(scroll(qdrant, collection, payload=True, vector=vector, page=page))
         return
     with existing_points(qdrant, collection, payload=False) as existing:
-        yield from retrieve_pages(qdrant, collection, existing.ids(page), payload=True, vector=vector)
+        yield from retrieve_pages(qdrant, collection, existing.ids(page), vector=vector)
 
 
 def orphan_ids(

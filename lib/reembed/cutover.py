@@ -167,10 +167,8 @@ def _create_empty(ctx: Context, journal: Journal) -> None:
     """Create the collection at the new size with the old settings, or with AutoMem's if there are none."""
     qdrant, name, size, stamp = ctx.qdrant, ctx.collection, ctx.spec.size, staging.stamp(ctx.spec)
     if not collections.exists(qdrant, name):
-        if settings := journal.fact("settings"):
-            collections.create_like(qdrant, name, settings, size, metadata=stamp)
-        else:
-            collections.create_default(qdrant, name, size, stamp)
+        settings = journal.fact("settings") or collections.AUTOMEM_INFO
+        collections.create_like(qdrant, name, settings, size, metadata=stamp)
     journal.append(phases.CREATED)
 
 

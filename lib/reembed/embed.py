@@ -18,7 +18,7 @@ from lib.clients.embeddings.client import EmbeddingClient
 from lib.clients.embeddings.pricing import Expected, count_tokens, expected, price_of, price_text
 from lib.clients.embeddings.worker_pool import EmbedProgress, Refused, embed_few, embed_missing
 from lib.concurrency import steps_of
-from lib.dimensions import SETTING_NAMES, EmbeddingSpec, model_fault, native_size, public_url
+from lib.dimensions import SETTING_NAMES, EmbeddingSpec, facts_of, model_fault, public_url
 from lib.errors import GuardRefused, UsageProblem
 from lib.journal import Journal
 from lib.reembed.context import Context
@@ -171,7 +171,7 @@ class EmbeddingTotals:
         try:
             yield progress
         finally:
-            if (latest.requests, latest.embedded) != (added.requests, added.embedded):
+            if (latest.requests, latest.embedded, latest.tokens) != (added.requests, added.embedded, added.tokens):
                 add()
             self.sums.discarded += latest.discarded if stored else latest.tokens
             self.save()
@@ -329,5 +329,5 @@ def catch_up(ctx: Context, runner: EmbeddingRunner, journal: Journal) -> Scan:
 
 def sample_spec(spec: EmbeddingSpec) -> EmbeddingSpec:
     """Return the spec, or the model's own size if the model cannot make this one."""
-    native = native_size(spec.model)
+    native = facts_of(spec.model).native
     return replace(spec, size=native) if native and model_fault(spec.model, spec.size) else spec

@@ -21,13 +21,13 @@ from lib.network import is_this_machine
 from lib.reembed.assess import ABSENT, ADOPT, FAILED, REPLACE, Assessment, require_protection, require_removable
 from lib.reembed.context import Context, other_settings_notices, resume_notice
 from lib.reembed.embed import EmbeddingTotals
+from lib.reembed.plan import Scan
 from lib.reembed.quality import SpotCheck
 from lib.reembed.report import Finished
 from lib.reembed.sync import SyncOutcome
 from lib.show_config import chosen, restart_lines
 
 if TYPE_CHECKING:
-    from lib.reembed.plan import Scan
     from lib.reembed.run import Synced, Tried
 
 _EXAMPLES = 10

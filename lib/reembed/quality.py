@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
 from lib.backup.phases import DELETING, spec_as_json
 from lib.clients.embeddings.cache import EmbeddingCache, MemoryRow, Missing, TextRow
-from lib.clients.qdrant.collection import CollectionState, create_default, create_like, delete_collection
+from lib.clients.qdrant.collection import AUTOMEM_INFO, CollectionState, create_like, delete_collection
 from lib.clients.qdrant.points import Hit, PointId, exact_search, retrieve, search
 from lib.clients.qdrant.transport import QdrantError, curl_line
 from lib.concurrency import bounded_map
@@ -58,38 +58,6 @@ class _Before:
     near: list[Nearest] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class MemoryRecall:
-    """One memory before and after: how many of its `near` nearest points are the same, and all scores.
-
-    `lost` are contents of the best neighbours that it no longer has, `won` of those that it has instead.
-    """
-
-    id: PointId
-    content: str
-    same: int
-    near: int
-    before: list[float]
-    after: list[float]
-    lost: list[str]
-    won: list[str]
-
-
-@dataclass(frozen=True)
-class RecallComparison:
-    """`overlap`: see `mean_overlap`, of the `neighbours` nearest. The scores are medians over all neighbours.
-
-    `left`: neighbours in the old collection that have no point now, because the graph has no memory of them.
-    """
-
-    neighbours: int
-    overlap: float
-    before_score: float
-    after_score: float
-    left: int
-    memories: list[MemoryRecall]
-
-
 def mean_overlap(pairs: Iterable[tuple[Sequence[PointId], Sequence[PointId]]]) -> float:
     """The recall metric: the mean share of the neighbours before that are neighbours after, too (0..1)."""
     return fmean(len(set(before) & set(after)) / len(before) for before, after in pairs)
@@ -107,8 +75,12 @@ def save_before(ctx: Context, journal: Journal) -> None:
     ctx.cache.set_meta(_META, msgspec.json.encode(before).decode())
 
 
-def compare_after(ctx: Context, journal: Journal) -> tuple[RecallComparison | None, str]:
-    """Compare the new collection with what was found in the old one. If that is impossible: None and why."""
+def compare_after(ctx: Context, journal: Journal) -> tuple[dict[str, Any] | None, str]:
+    """Compare the new collection with what was found in the old one, for the report. If that is impossible: None, why.
+
+    `overlap`: see `mean_overlap`, of the `neighbours` nearest. The scores are medians over all neighbours. `left`:
+    neighbours in the old collection that have no point now, because the graph has no memory of them.
+    """
     if not journal.has_reached(DELETING):
         return None, "no collection was replaced"
     try:
@@ -127,14 +99,14 @@ def compare_after(ctx: Context, journal: Journal) -> tuple[RecallComparison | No
         pairs = [(old[now.id], now) for now in _nearest_of(ctx, same_text)]
         if pairs:
             neighbours = sorted({one for was, _ in pairs for one in was.near}, key=str)
-            recall = RecallComparison(
-                neighbours=NEIGHBOURS,
-                overlap=mean_overlap((was.near, now.near) for was, now in pairs),
-                before_score=median(score for was, _ in pairs for score in was.scores),
-                after_score=median(score for _, now in pairs for score in now.scores),
-                left=len(neighbours) - len(retrieve(ctx.qdrant, ctx.collection, neighbours)),
-                memories=[_memory_recall(ctx.cache, rows[now.id], was, now) for was, now in pairs],
-            )
+            recall = {
+                "neighbours": NEIGHBOURS,
+                "overlap": mean_overlap((was.near, now.near) for was, now in pairs),
+                "before_score": median(score for was, _ in pairs for score in was.scores),
+                "after_score": median(score for _, now in pairs for score in now.scores),
+                "left": len(neighbours) - len(retrieve(ctx.qdrant, ctx.collection, neighbours)),
+                "memories": [_memory_recall(ctx.cache, rows[now.id], was, now) for was, now in pairs],
+            }
     except _FAILURES as error:
         return None, f"the new collection could not be searched: {error}".splitlines()[0]
     return recall, "" if recall else "no memory had a point with its content and another point"
@@ -166,20 +138,24 @@ def _hits(ctx: Context, identity: PointId) -> list[Hit]:
         raise
 
 
-def _memory_recall(cache: EmbeddingCache, row: MemoryRow, was: Nearest, now: Nearest) -> MemoryRecall:
+def _memory_recall(cache: EmbeddingCache, row: MemoryRow, was: Nearest, now: Nearest) -> dict[str, Any]:
+    """One memory before and after: how many of its `near` nearest points are the same, and all scores.
+
+    `lost` are contents of the best neighbours that it no longer has, `won` of those that it has instead.
+    """
     lost = [one for one in was.near if one not in now.near][:_EXAMPLES]
     won = [one for one in now.near if one not in was.near][:_EXAMPLES]
     texts = {one: _excerpt(other.content) for one, other in cache.memories_of([*lost, *won]).items()}
-    return MemoryRecall(
-        id=row.point_id,
-        content=_excerpt(row.content),
-        same=len(set(was.near) & set(now.near)),
-        near=len(was.near),
-        before=was.scores,
-        after=now.scores,
-        lost=[texts.get(one, f"point {one}, which has no memory") for one in lost],
-        won=[texts.get(one, f"point {one}") for one in won],
-    )
+    return {
+        "id": row.point_id,
+        "content": _excerpt(row.content),
+        "same": len(set(was.near) & set(now.near)),
+        "near": len(was.near),
+        "before": was.scores,
+        "after": now.scores,
+        "lost": [texts.get(one, f"point {one}, which has no memory") for one in lost],
+        "won": [texts.get(one, f"point {one}") for one in won],
+    }
 
 
 def _excerpt(content: str) -> str:
@@ -216,7 +192,7 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
     The live collection is only read. The temporary one is in a journal before it is created; after a kill the next
     start deletes it.
     """
-    total, size = ctx.cache.memory_count(), ctx.spec.size
+    total = ctx.cache.memory_count()
     step = max(1.0, total / count)
     wanted = {int(number * step) for number in range(min(count, total))}
     rows = [row for number, row in enumerate(ctx.cache.memories()) if number in wanted]
@@ -230,10 +206,7 @@ def spot_check(ctx: Context, runner: EmbeddingRunner, live: CollectionState | No
     side = f"{ctx.collection}__check_{journal.run_id}"
     journal.append(ANNOUNCED, side=side, undo=f"  {curl_line(ctx.qdrant, 'DELETE', side)}")
     try:
-        if live is None:
-            create_default(ctx.qdrant, side, size)
-        else:
-            create_like(ctx.qdrant, side, live.raw, size)
+        create_like(ctx.qdrant, side, live.raw if live else AUTOMEM_INFO, ctx.spec.size)
         with ctx.bar("upsert", len(rows), "points") as progress:
             outcome = sync_collection(ctx, side, progress, memories=rows)
         compared = compare_sample(ctx, live.name, side, rows) if live else None

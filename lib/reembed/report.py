@@ -83,7 +83,7 @@ def make_report(ctx: Context, journal: Journal, done: Finished) -> dict[str, Any
         "texts": ctx.cache.text_total().texts,
         "bought": _paid(sums, ctx.spec),
         "rates": [dataclasses.asdict(one) for one in sums.slots],
-        "recall": recall and dataclasses.asdict(recall),
+        "recall": recall,
         "recall_note": recall_note,
         "skipped": {"counts": dict(scan.skipped), "examples": scan.examples},
         "cut": scan.too_long,

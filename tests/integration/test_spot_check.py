@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
+from lib.journal import open_journals
+from tests.faulty_proxy import Fault, FaultyProxy, answer
 from tests.http_proxy import HttpProxy, Request
 from tests.kill_support import run_killed
 from tests.matrix import matrix
@@ -231,3 +233,19 @@ def test_another_model_at_the_same_size_is_compared_too(operator):
     operator.export(VECTOR_SIZE=48, EMBEDDING_MODEL=LARGE)
     recall = operator.run("reembed_embeddings", "--limit", "40", "--json").json["recall"]
     assert 0.3 < recall["overlap"] < 1
+
+
+@pytest.mark.parametrize(("header", "code"), [("Retry-After: 1\r\n", 0), ("Retry-After: soon\r\n", 1), ("", 1)])
+def test_a_rate_limit_of_the_searches_is_waited_out(operator, header, code):
+    """The official client, which searches here, only reports it. Without a time to wait the answer is an error."""
+    upgraded(operator)
+    limit = answer(429, '{"status": {"error": "Rate limiting exceeded: Read rate limit exceeded"}}', header)
+    fault = Fault(rb"^POST /collections/\S+/points/query", skip=1, answer=limit, hang_up=True)
+    with FaultyProxy(int(urlsplit(operator.servers.qdrant_url).port or 0), fault) as proxy:
+        url = f"http://127.0.0.1:{proxy.port}"
+        done = operator.run("reembed_embeddings", "--limit", "5", expect=code, env={"QDRANT_URL": url})
+    assert fault.hits == 1
+    assert ("Read rate limit exceeded" in done.err or "Retry-After" in done.err) is bool(code)
+    assert ("(5 queries)" in done.out) is not bool(code)
+    assert operator.collections() == [operator.collection]
+    assert open_journals(operator.backups) == []

@@ -25,7 +25,7 @@ NAME = "guarded"
 @pytest.fixture(scope="module", params=["real"] if REAL_SERVER else matrix(STAND_INS, STAND_INS[-1]))
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Qdrant]:
     with own_server(request.param, tmp_path_factory.mktemp("guarded"), KEY) as q:
-        recreate.create_default(q, NAME, 8)
+        recreate.create_like(q, NAME, recreate.AUTOMEM_INFO, 8)
         fill(q, NAME, 50, 8)
         yield q
 

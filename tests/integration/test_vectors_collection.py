@@ -122,7 +122,7 @@ def test_the_size_may_not_be_changed_if_vectors_are_named(q: Qdrant, names: list
 
 
 def test_automems_own_collection(q: Qdrant, names: list[str]):
-    recreate.create_default(q, names[0], 8, {"embedding_model": "m"})
+    recreate.create_like(q, names[0], recreate.AUTOMEM_INFO, 8, {"embedding_model": "m"})
     state = collection.get_state(q, names[0])
     assert (state.size, state.distance, state.points) == (8, "Cosine", 0)
     assert {key: entry["data_type"] for key, entry in state.raw["payload_schema"].items()} == {
@@ -130,12 +130,12 @@ def test_automems_own_collection(q: Qdrant, names: list[str]):
         "tag_prefixes": "keyword",
     }
     with pytest.raises(QdrantError, match="already exists"):
-        recreate.create_default(q, names[0], 8)
+        recreate.create_like(q, names[0], recreate.AUTOMEM_INFO, 8)
 
 
 def test_metadata_is_stored_if_the_server_knows_it(q: Qdrant, filled: str):
     knows = q.version() >= "1.16"
-    assert collection.set_metadata(q, filled, {"embedding_model": "m"}) is knows
+    collection.set_metadata(q, filled, {"embedding_model": "m"})
     assert collection.get_state(q, filled).raw["config"].get("metadata", {}) == (
         {"embedding_model": "m"} if knows else {}
     )
@@ -143,14 +143,14 @@ def test_metadata_is_stored_if_the_server_knows_it(q: Qdrant, filled: str):
 
 def test_aliases_are_put_back_and_never_deleted_through(q: Qdrant, filled: str, names: list[str]):
     aliases = [f"{filled}_a", f"{filled}_b"]
-    recreate.put_aliases(q, filled, aliases)
+    assert recreate.restore_aliases(q, filled, [*aliases, filled]) == [filled]
     assert recreate.aliases_of(q, filled) == aliases
     assert not collection.exists(q, aliases[0])
     assert not collection.delete_collection(q, aliases[0])
     assert points.count(q, filled) == 50
-    recreate.create_default(q, names[1], 4)
-    recreate.put_aliases(q, names[1], aliases[:1])
-    assert recreate.aliases_of(q, filled) == aliases[1:]
+    recreate.create_like(q, names[1], recreate.AUTOMEM_INFO, 4)
+    assert recreate.restore_aliases(q, names[1], aliases[:1]) == aliases[:1]
+    assert recreate.aliases_of(q, filled) == aliases
     assert collection.delete_collection(q, filled)
     assert collection.health(q, filled) == "missing"
 
@@ -194,7 +194,7 @@ def test_a_collection_whose_restore_failed_is_failed_and_can_be_deleted(q: Qdran
     with pytest.raises(MigrationError, match="is failed"):
         snapshots.wait_restored(q, names[1], 1)
     for snapshot in snapshots.list_snapshots(q, names[1]):
-        assert snapshots.delete(q, names[1], snapshot.name)
+        snapshots.delete(q, names[1], snapshot.name)
     assert collection.delete_collection(q, names[1])
     assert collection.health(q, names[1]) == "missing"
 

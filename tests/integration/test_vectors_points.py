@@ -65,10 +65,10 @@ def test_count_retrieve_and_delete(q: Qdrant, filled: str):
 def test_retrieved_pages_hold_the_points_of_their_ids_in_the_order_of_the_pages(q: Qdrant, filled: str):
     ids = ids_of(50)
     asked = [[*ids[start : start + 7], start] for start in range(0, 50, 7)]  # no point has the number `start`
-    pages = list(points.retrieve_pages(q, filled, asked, payload=["content"], vector=True))
+    pages = list(points.retrieve_pages(q, filled, asked, vector=True))
     assert [sorted(point.id for point in page) for page in pages] == [one[:-1] for one in asked]
     found = {point.id: point for page in pages for point in page}
-    assert [found[one].payload for one in ids] == [{"content": payload_of(index)["content"]} for index in range(50)]
+    assert [found[one].payload for one in ids] == [payload_of(index) for index in range(50)]
     assert not vectors_differ(np.stack([found[one].vector for one in ids]), vectors_of(50, 8)).any()
 
 
@@ -97,7 +97,7 @@ def test_every_form_of_a_page_is_read_as_pythons_json_reads_it(monkeypatch, payl
     text, response = ROW % (*payload, vector), requests.Response()
     response._content = f'{{"result": [{text}], "status": "ok", "time": 0.1}}'.encode()
     monkeypatch.setattr(Qdrant, "send", lambda *_args, **_options: response)
-    pages = points.retrieve_pages(Qdrant("http://127.0.0.1:1"), "any", [[1]], payload=True, vector=True)
+    pages = points.retrieve_pages(Qdrant("http://127.0.0.1:1"), "any", [[1]], vector=True)
     raw = json.loads(text)
     numbers = raw["vector"][""] if isinstance(raw["vector"], dict) else raw["vector"]
     with np.errstate(over="ignore"):
@@ -146,7 +146,7 @@ def test_points_for_a_far_server_are_sent_compressed_unless_something_in_front_r
 ):
     refused = Fault(b"(?i)content-encoding: gzip", answer=answer(415, "no gzip here"), times=None)
     port = urlsplit(q.base_url).port
-    collection.create_default(q, names[1], 768)
+    collection.create_like(q, names[1], collection.AUTOMEM_INFO, 768)
     with FaultyProxy(port, *([] if is_read else [refused])) as front, FarProxy(front.port) as counting:
         far = Qdrant(f"http://127.1:{counting.port}")  # an address that is not taken for this machine
         vectors = vectors_of(200, 768)

@@ -12,11 +12,10 @@ from lib.dimensions import (
     LOCAL_MODELS,
     OLLAMA,
     VOYAGE,
-    can_be_cut,
     check_dimension,
     check_model,
+    facts_of,
     model_fault,
-    native_size,
     takes_dimensions,
 )
 from lib.env_files import env_files
@@ -524,7 +523,7 @@ def test_model_against_dimension(model, size, possible):
     assert f"VECTOR_SIZE is {size}" in fault
     with pytest.raises(UsageProblem, match="EMBEDDING_MODEL") as caught:
         check_model(model, size)
-    assert f"export VECTOR_SIZE={native_size(model)}" in caught.value.next_step
+    assert f"export VECTOR_SIZE={facts_of(model).native}" in caught.value.next_step
 
 
 def test_the_remedy_for_a_wrong_model_works():
@@ -553,7 +552,7 @@ def test_the_remedy_for_a_wrong_model_works():
 )
 def test_voyage_makes_four_sizes_and_names_the_nearest(model):
     assert [size for size in range(1, 4097) if model_fault(model, size, VOYAGE) is None] == [256, 512, 1024, 2048]
-    assert can_be_cut(model)
+    assert facts_of(model).sizes
     assert not takes_dimensions(model)
     for size, nearest in ((768, 512), (3072, 2048), (100, 256), (1536, 1024)):
         with pytest.raises(UsageProblem, match=f"VOYAGE_MODEL {model} makes 256d, 512d, 1024d, 2048d") as caught:
@@ -570,8 +569,8 @@ def test_models_of_one_size_name_it():
     assert caught.value.next_step == "export VECTOR_SIZE=1024"
     for size, model in LOCAL_MODELS.items():
         check_model(model, size, LOCAL)
-        assert native_size(model) == size
-        assert not can_be_cut(model)
+        assert facts_of(model).native == size
+        assert not facts_of(model).sizes
 
 
 def test_only_the_third_family_takes_dimensions():

@@ -24,6 +24,7 @@ from lib.files import (
     sha256_file,
     write_atomic,
 )
+from tests.small_disk import small_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -349,6 +350,15 @@ def test_a_second_process_is_refused_by_name_until_the_first_is_killed(tmp_path)
         kill(process)
     with lock_targets(["graph g", "collection c"], tmp_path / "locks"):
         pass
+
+
+def test_a_read_only_folder_of_locks_is_reported_with_what_helps(tmp_path):
+    """As /tmp of a container whose file system is read-only."""
+    with small_disk(tmp_path / "locks", "64k") as folder:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with pytest.raises(UsageProblem, match=r"no lock can be made in .*: Read-only file system") as refused:
+            lock_targets(["x"], folder).__enter__()
+    assert "mount a tmpfs there" in refused.value.next_step
 
 
 def test_one_process_locks_a_target_once(tmp_path):

@@ -206,6 +206,16 @@ def test_something_else_answers():
             server.qdrant.version()
 
 
+@pytest.mark.parametrize("status", [408, 429])
+def test_a_server_that_refuses_for_the_moment_is_not_taken_for_something_else(status):
+    """The next step would be to change QDRANT_URL."""
+    refusal = pytest.raises(QdrantError, match=f"answered {status}: not now")
+    with Scripted(refused(status, "not now")) as server, refusal as caught:
+        server.qdrant.version()
+    assert "QDRANT_URL" not in caught.value.next_step
+    assert ("limits the requests: wait a minute" in caught.value.next_step) is (status == 429)
+
+
 def test_a_redirect_is_not_followed_with_the_key():
     with Scripted(fine()) as other, Scripted((307, {"Location": other.qdrant.base_url}, "moved")) as server:
         with pytest.raises(QdrantError, match="307"):

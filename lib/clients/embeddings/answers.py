@@ -15,7 +15,7 @@ import orjson
 import pybase64
 
 from lib.clients.embeddings.rate_limits import RateLimited, rate_limits, retry_after
-from lib.dimensions import OLLAMA, SETTING_NAMES, VOYAGE, EmbeddingSpec, has_unit_vectors
+from lib.dimensions import OLLAMA, SETTING_NAMES, VOYAGE, EmbeddingSpec, facts_of
 from lib.errors import ProviderRefused, UsageProblem
 
 # 429s and 403s with these codes never pass by waiting (https://platform.openai.com/docs/guides/error-codes).
@@ -48,14 +48,6 @@ class BadInput(Exception):
 
 class BadAnswer(BadInput):
     """An answer that does not fit the request (count, not a number, length): nothing of it is used."""
-
-
-class BadIndices(ProviderRefused):
-    """An answer whose vectors cannot be assigned to the texts: splitting the batch does not help."""
-
-    def __init__(self, message: str) -> None:
-        step = f"use an endpoint that numbers its vectors, or --batch-size 1 (one text per request),\n{AGAIN}"
-        super().__init__(message, next_step=step)
 
 
 class WrongWidth(UsageProblem):
@@ -149,7 +141,7 @@ def parsed(content: bytes) -> dict[str, object]:
 
 
 def read_answer(body: dict[str, object], count: int, spec: EmbeddingSpec) -> Answer:
-    """Check and decode the vectors for `count` texts. Raises BadAnswer, BadIndices, WrongWidth."""
+    """Check and decode the vectors for `count` texts. Raises BadAnswer, ProviderRefused, WrongWidth."""
     data = body.get("data")
     if not isinstance(data, list) or len(data) != count:
         raise BadAnswer(f"{len(data) if isinstance(data, list) else 'no'} vectors came back for {count} texts")
@@ -165,7 +157,7 @@ def _indices(data: list[Any]) -> list[int]:
     """The index of the text of each vector; without any index the order is that of the texts.
 
     If one index alone is missing, it is the one that is left: encoders that omit zeros leave out the 0 (protobuf's
-    JSON, as Gemini's endpoint sends it). Raises BadIndices.
+    JSON, as Gemini's endpoint sends it). Raises ProviderRefused if they cannot be assigned: to split does not help.
     """
     if not all(isinstance(item, dict) for item in data):
         raise BadAnswer("a vector that is no JSON object")
@@ -176,7 +168,8 @@ def _indices(data: list[Any]) -> list[int]:
     if given.count(None) == 1 and len(left) == 1:
         given[given.index(None)] = left.pop()
     if not all(type(index) is int for index in given) or set(given) != set(range(len(data))):
-        raise BadIndices("the answer's indices do not say which vector is which text's")
+        step = f"use an endpoint that numbers its vectors, or --batch-size 1 (one text per request),\n{AGAIN}"
+        raise ProviderRefused("the answer's indices do not say which vector is which text's", next_step=step)
     return [int(index) for index in given if index is not None]
 
 
@@ -205,7 +198,7 @@ def _unit(vectors: FloatArray, spec: EmbeddingSpec) -> FloatArray:
     off = np.abs(norms - 1) > NORM_TOLERANCE
     if not off.any():
         return vectors
-    if has_unit_vectors(spec.model) or (norms < 1e-6).any():
+    if facts_of(spec.model).unit or (norms < 1e-6).any():
         raise BadAnswer(f"a vector of length {norms[off][0]:.3g} instead of 1")
     return np.asarray(vectors / norms[:, None], dtype=np.float32)
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from lib.clients.embeddings.cache_file import PREFIX_BYTES, CacheDamaged, CacheFile, chunks
 from lib.clients.embeddings.pricing import input_limit
-from lib.dimensions import EmbeddingSpec, can_be_cut, public_url, same_model
+from lib.dimensions import EmbeddingSpec, facts_of, public_url, same_model
 
 # A key is PREFIX_BYTES for endpoint, model and size, then TEXT_BYTES for the text.
 TEXT_BYTES, FLOAT_BYTES, SUM_BYTES = 12, 4, 4
@@ -71,7 +72,7 @@ def _memory_row(values: tuple[Any, ...]) -> MemoryRow:
     return MemoryRow(point_id_of(values[1]), *values[2:])
 
 
-class EmbeddingCache(CacheFile):
+class EmbeddingCache(CacheFile, AbstractContextManager["EmbeddingCache"]):
     """The open cache; see CacheFile for the argument."""
 
     def __init__(self, path: Path) -> None:
@@ -161,23 +162,18 @@ class EmbeddingCache(CacheFile):
                 derived[sources[source]] = _cut(blob, spec.size)
         return list(derived.items())
 
-    def derive_missing(self, spec: EmbeddingSpec) -> int:
-        """Derive and store the plan's missing vectors, as far as the cache has larger ones; returns how many."""
-        if not self._larger_specs(spec):
-            return 0
-        count = 0
-        for texts in chunks(row.text for row in self.missing_texts(spec)):
-            derived = self.derive(spec, texts)
-            self.put_vectors(derived)
-            count += len(derived)
-        return count
+    def derive_missing(self, spec: EmbeddingSpec) -> None:
+        """Derive and store the plan's missing vectors, as far as the cache has larger ones."""
+        if self._larger_specs(spec):
+            for texts in chunks(row.text for row in self.missing_texts(spec)):
+                self.put_vectors(self.derive(spec, texts))
 
     def _larger_specs(self, spec: EmbeddingSpec) -> list[EmbeddingSpec]:
         """The specs that vectors of `spec` can be cut from, the nearest size first."""
         spec = _without_credentials(spec)
         same = [each for each in self._specs.values() if each != spec and each.base_url == spec.base_url]
         same = [each for each in same if same_model(each.model, spec.model) and each.size >= spec.size]
-        return sorted(same, key=lambda each: each.size) if can_be_cut(spec.model) else []
+        return sorted(same, key=lambda each: each.size) if facts_of(spec.model).sizes else []
 
     # --- the plan: the memories that the last scan of the graph found
 

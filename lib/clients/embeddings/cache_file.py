@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import orjson
 
@@ -18,14 +18,12 @@ from lib.errors import GuardRefused, MigrationError
 from lib.files import UsedFile, free_bytes, private_dir, private_file, sync_dir
 from lib.journal import open_journals
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 # "AMSP" in the header of the file distinguishes a cache from any other SQLite file.
 APPLICATION_ID = 0x414D5350
 FORMAT_VERSION = 1
 BUSY_SECONDS = 30
 PREFIX_BYTES = 4  # of a key: endpoint, model and size
+_LOG_BYTES = 1 << 20  # with less, SQLite may be unable to make its log's index, and reports an I/O error
 VALUES_AT_ONCE = 500  # SQLite builds allow 999 bound values or more (https://www.sqlite.org/limits.html)
 
 # Vectors are shared by all graphs and collections of this machine. A plan and saved points belong to one of them.
@@ -124,20 +122,23 @@ class CacheFile:
             damaged = self.path if isinstance(error, sqlite3.OperationalError) else self._damaged()
             cost = "its vectors are paid for again" if damaged == self.vectors_path else "no vector is paid for again"
             folder, again = quote(str(self.path.parent)), "then run the same command again"
-            if "full" in str(error):
+            why = str(error)
+            if "I/O" in why and free_bytes(self.path.parent) < _LOG_BYTES:
+                why += ": its disk is full"
+            if "full" in why:
                 step = f"free some room:\ndf -h {folder}\n{again}"
-            elif "locked" in str(error):
+            elif "locked" in why:
                 step = (
                     f"another process holds it: wait until it has ended, {again}\n"
                     "if there is none, its disk cannot lock files: name a folder on a local disk with --backup-dir"
                 )
-            elif "I/O" in str(error):  # also if the disk cannot map a file, which SQLite's log needs
+            elif "I/O" in why:  # also if the disk cannot map a file, which SQLite's log needs
                 step = f"look at its disk, and name a folder on a local one with --backup-dir:\ndf -T {folder}"
             elif isinstance(error, sqlite3.OperationalError):  # permissions, a read-only disk
                 step = f"make it writable again, {again}:\nls -l {folder}"
             else:  # only if SQLite reports damage, vectors that were paid for are given up
                 step = f"move it away, {again}; {cost}:\n{moved(damaged, '.damaged')}"
-            raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {error}", next_step=step) from error
+            raise CacheDamaged(f"the embedding cache {damaged} cannot be used: {why}", next_step=step) from error
 
     def _damaged(self) -> Path:
         """The file that is damaged: SQLite's error does not name it. `prune_cache` reads the other plans, too."""
@@ -213,9 +214,6 @@ class CacheFile:
         """Fold the log into the file and close it."""
         self.db.close()
         self.used_vectors.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -18,7 +18,7 @@ from lib.clients.embeddings import answers
 from lib.clients.embeddings.answers import AGAIN, Answer, BadInput, Transient
 from lib.clients.embeddings.rate_limits import Pacer, RateLimited, estimated_tokens, rate_limits
 from lib.concurrency import Cancelled
-from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, native_size, takes_dimensions
+from lib.dimensions import LOCAL, OLLAMA, OPENAI, SETTING_NAMES, VOYAGE, EmbeddingSpec, facts_of, takes_dimensions
 from lib.errors import ProviderRefused, UsageProblem, one_line
 from lib.network import INSTALL_SOCKS, PROXIES, Unbounded, httpx_hooks, is_this_machine, joined, trust_step
 
@@ -55,7 +55,7 @@ class Provider:
         self._extra: dict[str, object] = {}
         if spec.provider == VOYAGE or urlsplit(self._base_url).hostname == _VOYAGE_HOST:
             self._extra["output_dimension"] = spec.size
-        elif spec.provider == OPENAI and spec.size != native_size(spec.model) and takes_dimensions(spec.model):
+        elif spec.provider == OPENAI and spec.size != facts_of(spec.model).native and takes_dimensions(spec.model):
             self._options["dimensions"] = spec.size
 
     def client(self) -> openai.OpenAI:

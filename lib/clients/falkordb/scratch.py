@@ -50,7 +50,6 @@ class Scratch:
 
     address: GraphAddress
     conn: redis.Redis
-    pid: int
 
 
 def _require_alive(child: subprocess.Popen[bytes]) -> None:
@@ -254,7 +253,7 @@ def scratch_server(engine: Engine, rdb: Path | None = None, *, stop: CancelToken
             address = GraphAddress(unix_socket=str(folder.path / "s"))
             loaded = contextlib.closing(_loaded(child, address, rdb, folder.path / "log", seconds))
             with stop.ends(child.kill), loaded as conn:
-                yield Scratch(address, conn, child.pid)
+                yield Scratch(address, conn)
         except StoreUnreachable:
             if not stop.is_set():
                 _require_alive(child)

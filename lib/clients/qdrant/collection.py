@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from shlex import quote
 from typing import Any, Literal
@@ -20,7 +20,11 @@ Health = Literal["missing", "live", "restoring", "failed", "unavailable"]
 
 FLOAT32, FLOAT16, UINT8, TURBO4 = "float32", "float16", "uint8", "turbo4"
 DATATYPES = (FLOAT32, FLOAT16, UINT8, TURBO4)  # of dense vectors, up to 1.19
-AUTOMEM_INDEXES = ("tags", "tag_prefixes")
+# Of a collection as AutoMem creates it, for `create_like`: one unnamed vector, Cosine, keyword indexes on its tags.
+AUTOMEM_INFO: Json = {
+    "config": {"params": {"vectors": {"size": 1, "distance": "Cosine"}}},
+    "payload_schema": {name: {"data_type": "keyword"} for name in ("tags", "tag_prefixes")},
+}
 
 POLL_SECONDS = 0.25
 STABLE_POLLS = 3  # the status can be green for a moment between two optimizations
@@ -170,11 +174,9 @@ def wait_green(q: Qdrant, name: str, seconds: float, stop: CancelToken | None = 
         q.sleep(POLL_SECONDS)
 
 
-def set_metadata(q: Qdrant, name: str, metadata: Json) -> bool:
-    """Merge into the collection's metadata. Returns False if the server (before 1.16) ignores it."""
+def set_metadata(q: Qdrant, name: str, metadata: Json) -> None:
+    """Merge into the collection's metadata, which servers before 1.16 ignore."""
     q.json("PATCH", collection_path(name), {"metadata": dict(metadata)}, retry=True)
-    stored = q.json("GET", collection_path(name))["config"].get("metadata") or {}
-    return all(stored.get(key) == value for key, value in metadata.items())
 
 
 def create_like(
@@ -222,13 +224,6 @@ def same_settings(one: Json, other: Json, *, but_size: bool = False) -> bool:
         schema = raw_info.get("payload_schema") or {}
         settings.append((config, {name: {**entry, "points": None} for name, entry in schema.items()}))
     return settings[0] == settings[1]
-
-
-def create_default(q: Qdrant, name: str, size: int, metadata: Json | None = None) -> None:
-    """Create `name` as AutoMem does: one unnamed vector, Cosine, keyword indexes on its tags."""
-    body = {"vectors": {"size": size, "distance": "Cosine"}, **({"metadata": dict(metadata)} if metadata else {})}
-    q.json("PUT", collection_path(name), body)
-    put_indexes(q, name, {key: {"data_type": "keyword"} for key in AUTOMEM_INDEXES})
 
 
 def indexing_threshold(raw_info: Json) -> int:
@@ -286,15 +281,10 @@ def restore_aliases(q: Qdrant, name: str, wanted: Iterable[str]) -> list[str]:
     """Make `wanted` the collection's aliases. Left out, and returned, are other collections' aliases and names."""
     taken = {alias for alias, collection in _all_aliases(q).items() if collection != name}
     free = set(wanted) - taken - set(list_collections(q))
-    put_aliases(q, name, sorted(free))
-    return sorted(set(wanted) - free)
-
-
-def put_aliases(q: Qdrant, name: str, aliases: Sequence[str]) -> None:
-    """Make these the collection's aliases; an alias of another collection is moved."""
-    actions = [{"create_alias": {"collection_name": name, "alias_name": alias}} for alias in aliases]
+    actions = [{"create_alias": {"collection_name": name, "alias_name": alias}} for alias in sorted(free)]
     if actions:
         q.json("POST", "/collections/aliases", {"actions": actions}, retry=True)
+    return sorted(set(wanted) - free)
 
 
 def refuse_foreign(raw_info: Json) -> None:

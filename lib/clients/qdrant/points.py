@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import uuid
@@ -12,7 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib.clients.qdrant.transport import NoAnswer, NotFound, Parts, Qdrant, QdrantError, collection_path, encode
+from lib.clients.qdrant.transport import (
+    LONGEST_WAIT_SECONDS,
+    NoAnswer,
+    NotFound,
+    Parts,
+    Qdrant,
+    QdrantError,
+    collection_path,
+    encode,
+)
 from lib.concurrency import bounded_map
 from lib.errors import UsageProblem
 from lib.network import is_this_machine
@@ -104,11 +114,9 @@ def retrieve(
     return [point for page in _by_ids(q, name, ids, payload=payload, vector=vector) for point in _points(page)]
 
 
-def retrieve_pages(
-    q: Qdrant, name: str, pages: Iterable[Sequence[PointId]], *, payload: bool | list[str] = False, vector: bool = False
-) -> Iterator[list[Point]]:
-    """Yield the points of each page of ids like `retrieve`. The next pages are requested while one is used."""
-    post = partial(_post_page, q, name, payload=payload, vector=vector)
+def retrieve_pages(q: Qdrant, name: str, pages: Iterable[Sequence[PointId]], *, vector: bool) -> Iterator[list[Point]]:
+    """Yield the points of each page of ids with their payloads. The next pages are requested while one is used."""
+    post = partial(_post_page, q, name, payload=True, vector=vector)
     # Decoded here, one after the other: the numbers of a page take five times the memory of its JSON.
     for responses in bounded_map(post, pages, PAGES_AT_ONCE):
         yield [point for one in responses for point in (vector and _plain_points(one)) or _points(q.result(one))]
@@ -118,8 +126,9 @@ def _post_page(
     q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
 ) -> list[requests.Response]:
     """The answers that hold these points: of smaller requests, if one for all is larger than a rate limit."""
+    body = {"ids": list(ids), "with_payload": payload, "with_vector": vector}
     try:
-        return [_post_ids(q, name, ids, payload=payload, vector=vector)]
+        return [q.send("POST", collection_path(name, "points"), body, retry=True)]
     except QdrantError as error:
         if len(ids) == 1 or not _is_too_large(error):
             raise
@@ -147,13 +156,6 @@ def _by_ids(
     for start in range(0, len(ids), size):
         for response in _post_page(q, name, ids[start : start + size], payload=payload, vector=vector):
             yield q.result(response)
-
-
-def _post_ids(
-    q: Qdrant, name: str, ids: Sequence[PointId], *, payload: bool | list[str], vector: bool
-) -> requests.Response:
-    body = {"ids": list(ids), "with_payload": payload, "with_vector": vector}
-    return q.send("POST", collection_path(name, "points"), body, retry=True)
 
 
 def count(q: Qdrant, name: str) -> int:
@@ -380,9 +382,11 @@ def search(q: Qdrant, name: str, query: PointId | NDArray[np.float32], limit: in
 def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, NDArray[np.float32], int], list[Hit]]]:
     """Yield a function (collection, vector, limit) that searches among these ids only, exactly, best first.
 
-    It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer.
+    It uses the official client, as AutoMem does, and raises QdrantError, NoAnswer. A rate limit, which the client only
+    reports, is waited out.
     """
     from qdrant_client import QdrantClient, models
+    from qdrant_client.common.client_exceptions import QdrantException, ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     with warnings.catch_warnings():
@@ -397,11 +401,17 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
     narrowed = models.Filter(must=[models.HasIdCondition(has_id=list(ids))])
     exact = models.SearchParams(exact=True)
 
-    def nearest(name: str, vector: NDArray[np.float32], limit: int) -> list[Hit]:
+    def nearest(name: str, vector: NDArray[np.float32], limit: int, waited: float = 0.0) -> list[Hit]:
         try:
             answer = client.query_points(
                 name, vector.tolist(), query_filter=narrowed, search_params=exact, limit=limit, with_payload=False
             )
+        except QdrantException as error:  # 429, with a Retry-After that may be no number
+            pause = max(1.0, error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else math.inf
+            if waited + pause > LONGEST_WAIT_SECONDS:
+                raise QdrantError(q.display, 429, q.shown(str(error))) from None
+            q.sleep(pause)
+            return nearest(name, vector, limit, waited + pause)
         except UnexpectedResponse as error:
             text = q.shown(error.content.decode("utf-8", "replace"))
             raise QdrantError(q.display, error.status_code or 0, text) from None

@@ -80,14 +80,8 @@ class SegmentFiles:
                 file.write(bytes(-file.tell() % BLOCK + 2 * BLOCK))
 
     def archives(self) -> dict[str, Path]:
-        """Return the tars by shard, once they are closed. Raises OSError if the disk was full."""
-        if self.full:
-            raise self.disk_full()
+        """Return the tars by shard, once they are closed."""
         return {str(shard): Path(file.name).absolute() for shard, file in self._files.items()}
-
-    def disk_full(self) -> OSError:
-        """Make the error for a full disk."""
-        return OSError(errno.ENOSPC, "No space left on device", str(self.folder))
 
     def _write(self, shard: int, data: bytes, *, begins_block: bool = False) -> None:
         if self.full:
@@ -115,7 +109,7 @@ def has_engine() -> bool:
 
 @contextmanager
 def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
-    """Open the segments of an accepted snapshot. Yields None if the engine cannot read their format.
+    """Open the segments of an accepted snapshot, copied in full. Yields None if the engine cannot read their format.
 
     Raises BackupDamaged, EngineKilled, and OSError if the disk is full.
     """
@@ -128,7 +122,7 @@ def opened_segments(files: SegmentFiles) -> Iterator[Segments | None]:
             segments = Segments(ask, {int(shard): points for shard, points in counts.items()})
         except ChildError as error:
             if "No space left" in str(error):
-                raise files.disk_full() from None
+                raise OSError(errno.ENOSPC, "No space left on device", str(files.folder)) from None
             if not any(sign in str(error) for sign in _UNKNOWN_FORMAT):
                 raise BackupDamaged(f"the engine cannot open the snapshot's segments: {error}") from None
             segments = None

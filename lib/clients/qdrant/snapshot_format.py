@@ -102,9 +102,8 @@ class Entry:
 class SnapshotFacts:
     """What a snapshot says about its collection.
 
-    `size` and `distance` are of the unnamed vector (or the first named one). `payload_schema` maps a field to its type
-    or parameters. `config` is config.json. `shards` maps every shard to the number of its segments here, which is 0 if
-    another node holds it.
+    `size` and `distance` are of the unnamed vector (or the first named one). `config` is config.json. `shards` maps
+    every shard to the number of its segments here, which is 0 if another node holds it.
     """
 
     size: int
@@ -112,7 +111,6 @@ class SnapshotFacts:
     vectors_named: bool
     segments: int
     shards: dict[int, int]
-    payload_schema: dict[str, Any]
     config: dict[str, Any] = field(repr=False)
 
     @property
@@ -303,8 +301,8 @@ class _Survey:
         for shard, vector in self._segments:
             if not named and vector is not None and vector != (size, distance):
                 raise _damaged(_SNAPSHOT, f"holds a segment of another size or distance in shard {shard}")
-        schema = _parse_json(self._texts.get("payload_index.json", b"{}"), "payload_index.json").get("schema") or {}
-        if not isinstance(schema, dict):
+        indexes = _parse_json(self._texts.get("payload_index.json", b"{}"), "payload_index.json")
+        if not isinstance(indexes.get("schema") or {}, dict):
             raise _damaged(_SNAPSHOT, "has a payload_index.json that no server writes")
         return SnapshotFacts(
             size=size,
@@ -312,7 +310,6 @@ class _Survey:
             vectors_named=named,
             segments=len(self._segments),
             shards=shards,
-            payload_schema=schema,
             config=config,
         )
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import requests
 from urllib3.exceptions import HTTPError
+from urllib3.filepost import encode_multipart_formdata
 
 from lib.clients.qdrant import transport
 from lib.clients.qdrant.collection import delete_collection, exists, health
@@ -142,13 +144,10 @@ def _snapshot(raw: dict[str, Any]) -> Snapshot:
     return Snapshot(str(raw["name"]), int(raw["size"]), valid, str(raw.get("creation_time") or ""))
 
 
-def delete(q: Qdrant, collection: str, snapshot: str) -> bool:
-    """Delete a snapshot file. Returns False if it, or the collection, does not exist."""
-    try:
+def delete(q: Qdrant, collection: str, snapshot: str) -> None:
+    """Delete a snapshot file, if it and the collection exist."""
+    with contextlib.suppress(NotFound):
         q.json("DELETE", collection_path(collection, "snapshots", snapshot), params=_WAIT, retry=True)
-    except NotFound:
-        return False
-    return True
 
 
 def download(
@@ -272,7 +271,7 @@ def preflight_upload(q: Qdrant, collection: str) -> None:
     It changes and leaves nothing (seen on 1.11.3 and 1.18.3).
     """
     try:
-        form = _Form(unique_filename("preflight"), b"0" * 1024)
+        form = _Form(unique_filename("preflight"), BytesIO(b"0" * 1024), 1024)
         _post(q, collection, form, WRONG_CHECKSUM, q.timeout_seconds)
     except QdrantError as error:
         if error.status != 400:
@@ -305,11 +304,11 @@ def upload_and_restore(
         _refuse_existing(q, collection)
     preflight_upload(q, collection)
     with source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source) as stream:
-        form = _Form(filename, _Body(stream, size, progress))
+        form = _Form(filename, stream, size, progress)
         send = partial(_post, q, collection, form, checksum, answer_seconds)
         try:
             # Of a part the server restores nothing.
-            return _restored(q, collection, send, seconds, lambda error: unanswered(error) and not form.left)
+            return _restored(q, collection, send, seconds, lambda error: unanswered(error) and form.sent)
         except QdrantError as error:
             if not _is_mismatch(error):
                 raise
@@ -411,40 +410,32 @@ def wait_restored(q: Qdrant, collection: str, seconds: float, process: str | Non
         q.sleep(RESTORE_POLL_SECONDS)
 
 
-class _Body:
-    """A stream of known length, as the multipart encoder needs it; `len` is the number of unread bytes."""
-
-    def __init__(self, stream: BinaryIO, size: int, progress: Progress | None) -> None:
-        self.len = size
-        self._stream, self._progress = stream, progress
-
-    def read(self, size: int = -1) -> bytes:
-        piece = self._stream.read(self.len if size < 0 else min(size, self.len))
-        if not piece and self.len:
-            raise BackupDamaged(f"the snapshot ends {self.len} bytes early")
-        self.len -= len(piece)
-        if self._progress:
-            self._progress(len(piece))
-        return piece
-
-
 class _Form:
-    """A snapshot as a multipart body of `len` bytes, of which `left` are not sent yet.
+    """A snapshot of `size` bytes as a multipart body of `len` bytes; `sent`: whether all of them were sent.
 
     It yields large pieces: from a file object, http.client would read 16 KiB at a time.
     """
 
-    def __init__(self, filename: str, content: bytes | _Body) -> None:
-        from requests_toolbelt import MultipartEncoder
-
-        self._encoder = MultipartEncoder({"snapshot": (filename, content, "application/octet-stream")})
-        self.len = self.left = int(self._encoder.len)
-        self.content_type = str(self._encoder.content_type)
+    def __init__(self, filename: str, stream: BinaryIO, size: int, progress: Progress | None = None) -> None:
+        fields = {"snapshot": (filename, b"\0", "application/octet-stream")}
+        around, self.content_type = encode_multipart_formdata(fields)
+        self._head, self._tail = around.split(b"\0")
+        self._stream, self._size, self._progress = stream, size, progress
+        self.len, self.sent = len(self._head) + size + len(self._tail), False
 
     def __iter__(self) -> Iterator[bytes]:
-        while piece := self._encoder.read(_SENT_BYTES):
+        yield self._head
+        unread = self._size
+        while unread:
+            piece = self._stream.read(min(_SENT_BYTES, unread))
+            if not piece:
+                raise BackupDamaged(f"the snapshot ends {unread} bytes early")
+            unread -= len(piece)
+            if self._progress:
+                self._progress(len(piece))
             yield piece
-            self.left -= len(piece)
+        yield self._tail
+        self.sent = True
 
 
 def _post(q: Qdrant, collection: str, form: _Form, checksum: str, seconds: float) -> None:

@@ -27,6 +27,7 @@ LONGEST_WAIT_SECONDS = 600.0  # for the rate limit, per request
 LARGEST_ANSWER = 512 << 20  # a page of points with their vectors is some tens of MiB
 LONGEST_ANSWER_SECONDS = 600.0  # from the end of its headers to its end
 GATEWAY_ERRORS = (502, 503, 504)
+_RATE_LIMIT = 429
 _NOT_RECEIVED = 408  # the server did not get the whole request in time, as after a sleep of this machine
 _SEND_BYTES = 256 << 10  # of a body, sent at once
 _GZIP_WBITS = 31  # https://docs.python.org/3/library/zlib.html#zlib.compressobj
@@ -161,7 +162,8 @@ class Qdrant:
         try:
             body = self._decode(self.call("GET", "/"))
         except QdrantError as error:
-            raise self._not_qdrant() if error.status < 500 else error from error
+            busy = error.status >= 500 or error.status in (_NOT_RECEIVED, _RATE_LIMIT)
+            raise error if busy else self._not_qdrant() from error
         if not isinstance(body, dict) or "version" not in body or "qdrant" not in str(body.get("title")):
             raise self._not_qdrant()
         return str(body["version"])
@@ -290,7 +292,7 @@ class Qdrant:
 def _rate_limit_pause(error: QdrantError) -> float | None:
     """Seconds to wait as the server asks to; None if it does not."""
     asked = error.retry_after or ""
-    return max(1.0, float(asked)) if error.status == 429 and asked.isdecimal() else None
+    return max(1.0, float(asked)) if error.status == _RATE_LIMIT and asked.isdecimal() else None
 
 
 def _connection_error(display: str, error: requests.RequestException) -> StoreUnreachable:
@@ -339,6 +341,8 @@ def _status_error(q: Qdrant, response: requests.Response) -> AccessRefused | Qdr
     if reports_full_disk(text):
         step = "free disk space on the Qdrant server, then run the same command again"
         step += "\nif it has room and still answers this: docs/worst-day.md"
+    if status == _RATE_LIMIT:
+        step = "the server, or a proxy before it, limits the requests: wait a minute, then run the same command again"
     if status == 413:  # Qdrant itself answers 400
         step = "a proxy limits the size of a request: raise its limit, or set QDRANT_URL to Qdrant's own address"
     return QdrantError(display, status, text, retry_after=response.headers.get("Retry-After"), next_step=step)
