@@ -1,7 +1,7 @@
 """Temporary folders and child processes that end with this process, and the memory of this machine.
 
-A module that answers questions in a process of its own does not crash the caller, and works beside it: in one process,
-threads take turns at Python code.
+A module that answers questions in a process of its own does not crash the caller. Both run at once, while the threads
+of one process take turns at Python code.
 """
 
 from __future__ import annotations

@@ -259,7 +259,7 @@ def read_points(source: AutoMemFile, table: PointTable | None = None) -> PointFa
 
 
 def read_points_apart(source: AutoMemFile) -> tuple[PointTable, PointFacts]:
-    """Like `read_points` into a new table, but in another process, beside which this one can load the graph."""
+    """Like `read_points` into a new table, but in another process, while this one loads the graph."""
     with scratch_folder("automem-points-") as folder, answering_module(_READER, _ended) as ask:
         path = folder.path / "points"
         file = {"path": str(source.path), "kind": source.kind, "member": source.member}

@@ -19,6 +19,7 @@ from lib.clients.falkordb.scratch import (
     SERVER_VARIABLE,
     Engine,
     NoEngine,
+    Scratch,
     ScratchFailed,
     _error_line,
     engine_for,
@@ -115,6 +116,10 @@ def test_an_engine_that_writes_what_the_target_cannot_read_is_refused():
     assert newest_encoding("") is None
 
 
+def pid_of(scratch: Scratch) -> int:
+    return int(scratch.conn.info("server")["process_id"])
+
+
 def test_a_scratch_server_is_private_and_leaves_nothing(engine: Engine, server: FalkorServer, tmp_path: Path):
     with connect(server.address) as conn:
         fill(conn, "g", 10)
@@ -125,13 +130,19 @@ def test_a_scratch_server_is_private_and_leaves_nothing(engine: Engine, server: 
         assert folder.stat().st_mode & 0o777 == 0o700
         assert scratch.conn.config_get("port")["port"] == "0"
         write(scratch.conn, "g", "CREATE (:Other)")
-        pid = scratch.pid
+        pid = pid_of(scratch)
     assert not alive(pid)
     assert not folder.exists()
     assert rdb.read_bytes() == before
-    with pytest.raises(MigrationError, match="on purpose"), scratch_server(engine) as scratch:
+    pids = []
+
+    def fail(scratch: Scratch) -> None:
+        pids.append(pid_of(scratch))
         raise MigrationError("on purpose")
-    assert not alive(scratch.pid)
+
+    with pytest.raises(MigrationError, match="on purpose"), scratch_server(engine) as scratch:
+        fail(scratch)
+    assert not alive(pids[0])
 
 
 def test_a_scratch_server_ends_with_a_killed_process(engine: Engine):
@@ -139,7 +150,8 @@ def test_a_scratch_server_ends_with_a_killed_process(engine: Engine):
         "import sys, time\n"
         "from lib.clients.falkordb.scratch import installed_engines, scratch_server\n"
         "with scratch_server(installed_engines({})[0]) as scratch:\n"
-        "    print(scratch.pid, scratch.address.unix_socket, flush=True)\n"
+        "    pid = scratch.conn.info('server')['process_id']\n"
+        "    print(pid, scratch.address.unix_socket, flush=True)\n"
         "    time.sleep(600)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as child:
