@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,8 +42,11 @@ def levels(operator: Operator) -> list[tuple[str, str]]:
 
 # --- a machine with one disk ---------------------------------------------------------------------------------------
 
-ON_THE_DISK = """
-for folder in /tmp /var/tmp /usr/tmp; do [ ! -d $folder ] || mount --bind . $folder || exit 77; done
+# What the scripts need of /tmp, which the disk hides: a virtual environment or a checkout there stays visible.
+KEPT = [str(one.relative_to("/tmp")) for one in (Path(sys.prefix), ROOT) if one.is_relative_to("/tmp")]
+ON_THE_DISK = f"""
+for kept in {shlex.join(KEPT)}; do mount --bind "/tmp/$kept" "$kept" || exit 77; done
+for folder in /tmp /var/tmp /usr/tmp; do [ ! -d $folder ] || mount --rbind . $folder || exit 77; done
 exec "$@"
 """
 
@@ -78,6 +82,8 @@ def test_what_makes_room_works_if_the_only_disk_is_full(operator, tmp_path):
     with small_disk(tmp_path / "disk", "20m") as disk:
         disk.chmod(0o1777)
         shutil.copytree(operator.backups, disk / "backups")
+        for kept in KEPT:
+            (disk / kept).mkdir(parents=True, exist_ok=True)
         fill(disk / "full")
         code, err = on_the_disk(operator, disk, "backup_automem")
         assert (code, "error: no room left for temporary files" in err) == (1, True), err
