@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import secrets
 import shutil
@@ -19,8 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
-
-import orjson
 
 from lib import errors
 from lib.errors import MigrationError, UsageProblem
@@ -104,12 +103,12 @@ def answering_module(
 
         def ask(question: dict[str, Any]) -> Any:
             with contextlib.suppress(BrokenPipeError):
-                stdin.write(orjson.dumps(question) + b"\n")
+                stdin.write(json.dumps(question).encode() + b"\n")  # which takes any path; orjson only UTF-8
                 stdin.flush()
             line = stdout.readline()
             if not line.endswith(b"\n"):
                 raise ended(child.wait())
-            reply = orjson.loads(line)
+            reply = json.loads(line)
             if "error" in reply:
                 raise getattr(errors, reply["kind"], ChildError)(reply["error"], next_step=reply["next_step"])
             return reply["answer"]
@@ -130,11 +129,11 @@ def answer_questions(answer: Callable[[dict[str, Any]], object]) -> None:
         return
     for line in sys.stdin.buffer:
         try:
-            reply = {"answer": answer(orjson.loads(line))}
+            reply = {"answer": answer(json.loads(line))}
         except Exception as error:  # noqa: BLE001 - reported to the other process, whatever it is
             step = error.next_step if isinstance(error, MigrationError) else ""
             reply = {"error": str(error), "kind": type(error).__name__, "next_step": step}
-        sys.stdout.buffer.write(orjson.dumps(reply) + b"\n")
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lib.backup.automem_contents import read_points_apart
+from lib.backup.automem_files import COLLECTION, AutoMemFile
 from lib.clients.falkordb.connection import connect
 from lib.clients.falkordb.queries import counts, read_rows
 from tests.operator_support import OLD_SIZE, Operator
@@ -200,6 +203,17 @@ def test_a_path_is_shown_as_it_was_given(operator):
     given = str(collection.relative_to(operator.folder))
     refused = operator.run("restore_from_backup", given, expect=4)
     assert f"error: {given} is damaged" in refused.err
+
+
+def test_the_points_are_read_from_a_folder_whose_name_is_not_utf8(operator, tmp_path, monkeypatch):
+    operator.load(60)
+    _, collection = write_pair(operator, operator.folder)
+    odd = tmp_path / os.fsdecode(b"odd\xff")
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    table, facts = read_points_apart(AutoMemFile(collection.rename(odd / collection.name), COLLECTION))
+    with table:
+        assert len(table) == facts.points > 0
 
 
 def test_a_reader_of_points_that_is_killed_is_not_blamed_on_the_file(operator, tmp_path, monkeypatch):
