@@ -262,7 +262,7 @@ def read_points_apart(source: AutoMemFile) -> tuple[PointTable, PointFacts]:
     """Like `read_points` into a new table, but in another process, while this one loads the graph."""
     with scratch_folder("automem-points-") as folder, answering_module(_READER, _ended) as ask:
         path = folder.path / "points"
-        file = {"path": str(source.path), "kind": source.kind, "member": source.member}
+        file = {**asdict(source), "path": str(source.path)}
         facts = PointFacts(**ask({"file": file, "table": str(path), "folder": str(Path.cwd())}))
         table = PointTable(path)  # open, it needs the file's name no longer
         table.size, table.complete = facts.size, True
@@ -278,9 +278,9 @@ def _ended(code: int) -> MigrationError:
 
 def _answer(question: dict[str, Any]) -> dict[str, Any]:
     os.chdir(question["folder"])  # paths in messages are as the operator gave them
-    path, kind, member = question["file"].values()
+    source = AutoMemFile(**{**question["file"], "path": Path(question["file"]["path"])})
     with closing(PointTable(Path(question["table"]))) as table:
-        return asdict(read_points(AutoMemFile(Path(path), kind, member), table))
+        return asdict(read_points(source, table))
 
 
 def _read_point(text: Text, element: bytes) -> Point:

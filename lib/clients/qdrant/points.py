@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import struct
 import uuid
@@ -13,16 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib.clients.qdrant.transport import (
-    LONGEST_WAIT_SECONDS,
-    NoAnswer,
-    NotFound,
-    Parts,
-    Qdrant,
-    QdrantError,
-    collection_path,
-    encode,
-)
+from lib.clients.qdrant.transport import NoAnswer, NotFound, Parts, Qdrant, QdrantError, collection_path, encode
 from lib.concurrency import bounded_map
 from lib.errors import UsageProblem
 from lib.network import is_this_machine
@@ -401,17 +391,14 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
     narrowed = models.Filter(must=[models.HasIdCondition(has_id=list(ids))])
     exact = models.SearchParams(exact=True)
 
-    def nearest(name: str, vector: NDArray[np.float32], limit: int, waited: float = 0.0) -> list[Hit]:
+    def nearest(name: str, vector: NDArray[np.float32], limit: int) -> list[Hit]:
         try:
             answer = client.query_points(
                 name, vector.tolist(), query_filter=narrowed, search_params=exact, limit=limit, with_payload=False
             )
         except QdrantException as error:  # 429, with a Retry-After that may be no number
-            pause = max(1.0, error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else math.inf
-            if waited + pause > LONGEST_WAIT_SECONDS:
-                raise QdrantError(q.display, 429, q.shown(str(error))) from None
-            q.sleep(pause)
-            return nearest(name, vector, limit, waited + pause)
+            asked = str(error.retry_after_s) if isinstance(error, ResourceExhaustedResponse) else None
+            raise QdrantError(q.display, 429, q.shown(str(error)), retry_after=asked) from None
         except UnexpectedResponse as error:
             text = q.shown(error.content.decode("utf-8", "replace"))
             raise QdrantError(q.display, error.status_code or 0, text) from None
@@ -420,4 +407,4 @@ def exact_search(q: Qdrant, ids: Sequence[PointId]) -> Iterator[Callable[[str, N
         return [Hit(one.id if isinstance(one.id, int) else str(one.id), one.score) for one in answer.points]
 
     with closing(client):
-        yield nearest
+        yield lambda name, vector, limit: q.repeated(partial(nearest, name, vector, limit))

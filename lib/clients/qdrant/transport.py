@@ -7,11 +7,12 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from typing import Any, BinaryIO
+from functools import partial
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import orjson
@@ -20,6 +21,7 @@ import requests
 from lib import network
 from lib.errors import AccessRefused, MissingData, StoreFailed, StoreUnreachable, one_line
 
+T = TypeVar("T")
 CONNECT_SECONDS = 10.0
 SEND_SECONDS = 30.0  # for one piece of a body: a server that refuses a request by its headers stops reading
 PAUSES_SECONDS = (0.5, 1.0, 2.0)  # between attempts after a lost connection or a gateway's error
@@ -214,16 +216,22 @@ class Qdrant:
         repeat = (method == "GET" if retry is None else retry) and not streamed
         if retry is None and method != "GET":
             self.close()
-        pauses, waited, seconds = iter(PAUSES_SECONDS if repeat else ()), 0.0, timeout or self.timeout_seconds
+        seconds, pauses = timeout or self.timeout_seconds, PAUSES_SECONDS if repeat else ()
+        send = partial(self._send, method, path, content, seconds, stream=stream, params=params, headers=headers)
+        return send() if streamed else self.repeated(send, pauses)
+
+    def repeated(self, send: Callable[[], T], pauses: Iterable[float] = ()) -> T:
+        """Call `send`, again after each of the pauses if it was not answered, and while a 429 names a time to wait."""
+        following, waited = iter(pauses), 0.0
         while True:
             try:
-                return self._send(method, path, content, seconds, stream=stream, params=params, headers=headers)
+                return send()
             except (StoreUnreachable, QdrantError) as error:
                 if isinstance(error, QdrantError) and error.status not in (*GATEWAY_ERRORS, _NOT_RECEIVED):
-                    pause = None if streamed else _rate_limit_pause(error)
+                    pause = _rate_limit_pause(error)
                     waited += pause or 0.0
                 else:
-                    pause = next(pauses, None)
+                    pause = next(following, None)
                 if pause is None or waited > LONGEST_WAIT_SECONDS:
                     raise
             self.sleep(pause)
